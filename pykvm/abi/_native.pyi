@@ -1,0 +1,4 @@
+from pykvm.abi.library import Ffi, Library
+
+ffi: Ffi
+lib: Library

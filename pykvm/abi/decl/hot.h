@@ -1,0 +1,50 @@
+/* pykvm/abi/hot: what is written in C because it must be fast or must be exact. */
+
+/* handle.c */
+struct pykvm_handle {
+    int fd;
+    int users;
+    int closed;
+    int owner;
+    int exclusive;
+};
+#define PYKVM_ECLOSED ...
+#define PYKVM_EBUSY ...
+void pykvm_handle_init(struct pykvm_handle *handle, int fd, int exclusive);
+long pykvm_ioctl(struct pykvm_handle *handle, unsigned long request, void *arg);
+long pykvm_ioctl_int(struct pykvm_handle *handle, unsigned long request, unsigned long arg);
+int pykvm_handle_close(struct pykvm_handle *handle);
+
+/* run.c */
+#define PYKVM_RUN_KICKED ...
+#define PYKVM_RUN_INTERRUPTED ...
+#define PYKVM_RUN_PACKED_IO ...
+struct pykvm_vcpu {
+    struct pykvm_handle handle;
+    int tid;
+    int kick;
+    __u64 entries;
+    __u64 swallowed;
+    __u64 ports[1024];
+};
+int pykvm_kick_signal(void);
+long pykvm_vcpu_run(struct pykvm_vcpu *vcpu, struct pykvm_run_page *run);
+int pykvm_vcpu_kick(struct pykvm_vcpu *vcpu, struct pykvm_run_page *run);
+
+/* ring.c */
+long pykvm_ring_harvest(struct kvm_dirty_gfn *ring, __u32 size, __u32 head, __u32 limit,
+                        __u32 *slots, __u64 *offsets);
+long pykvm_ring_find_dirty(struct kvm_dirty_gfn *ring, __u32 size);
+
+/* bitmap.c */
+long pykvm_bitmap_count(const __u64 *words, size_t n);
+long pykvm_bitmap_to_gfns(const __u64 *words, size_t n, __u64 base, __u64 *out);
+void pykvm_gfns_to_bitmap(const __u64 *gfns, size_t n, __u64 base, __u64 *words);
+
+/* pages.c */
+__u32 pykvm_crc32c(__u32 crc, const void *data, size_t n);
+int pykvm_is_zero(const void *data, size_t n);
+__u32 pykvm_gather(const char *memory, const __u64 *pages, size_t n, char *out, __u8 *zero,
+                   size_t *stored);
+void pykvm_scatter(char *memory, const __u64 *pages, size_t n, const char *in);
+int pykvm_punch_hole(int fd, __u64 offset, __u64 length);

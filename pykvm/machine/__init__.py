@@ -1,0 +1,60 @@
+"""The Protocols of a machine and the plain values that machines exchange."""
+
+from pykvm.machine.dirty import DirtyPages, Gfns
+from pykvm.machine.exits import (
+    DebugStop,
+    DirtyRingFull,
+    Exit,
+    FailEntry,
+    Halted,
+    InternalError,
+    InterruptWindow,
+    IoIn,
+    IoOut,
+    Kicked,
+    MemoryFault,
+    MmioRead,
+    MmioWrite,
+    Shutdown,
+    SystemEvent,
+    UnknownExit,
+)
+from pykvm.machine.protocols import Machine, RingEntries, RingHarvest, Slot, SlotFlags, System, Vcpu
+from pykvm.machine.statistics import Statistic, Statistics, StatisticType, StatisticUnit
+from pykvm.x86.registers import DescriptorTable, Registers, Segment, SpecialRegisters
+
+__all__ = [
+    "DebugStop",
+    "DescriptorTable",
+    "DirtyPages",
+    "DirtyRingFull",
+    "Exit",
+    "FailEntry",
+    "Gfns",
+    "Halted",
+    "InternalError",
+    "InterruptWindow",
+    "IoIn",
+    "IoOut",
+    "Kicked",
+    "Machine",
+    "MemoryFault",
+    "MmioRead",
+    "MmioWrite",
+    "Registers",
+    "RingEntries",
+    "RingHarvest",
+    "Segment",
+    "Shutdown",
+    "Slot",
+    "SlotFlags",
+    "SpecialRegisters",
+    "Statistic",
+    "StatisticType",
+    "StatisticUnit",
+    "Statistics",
+    "System",
+    "SystemEvent",
+    "UnknownExit",
+    "Vcpu",
+]
