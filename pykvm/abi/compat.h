@@ -37,6 +37,92 @@ struct kvm_userspace_memory_region2 {
 #define KVM_DIRTY_LOG_PAGE_OFFSET 64
 #endif
 
+#ifndef KVM_GET_XSAVE2 /* 5.17, be50b2065dfa "kvm: x86: Add support for getting/setting expanded xstate buffer" */
+#define KVM_GET_XSAVE2 _IOR(KVMIO, 0xcf, struct kvm_xsave)
+#endif
+
+#ifndef KVM_CLOCK_REALTIME /* 5.16, c68dc1b577ea "KVM: x86: Report host tsc and realtime values in KVM_GET_CLOCK" */
+#define KVM_CLOCK_REALTIME (1 << 2)
+#define KVM_CLOCK_HOST_TSC (1 << 3)
+#endif
+
+#ifndef KVM_GUESTDBG_BLOCKIRQ /* 5.15, 61e5f69ef083 "KVM: x86: implement KVM_GUESTDBG_BLOCKIRQ" */
+#define KVM_GUESTDBG_BLOCKIRQ 0x00100000
+#endif
+
+/* Flat or complete forms of structs with anonymous members, flexible arrays or fields that came later. */
+struct pykvm_irqchip { __u32 chip_id, pad; __u8 chip[512]; };
+_Static_assert(sizeof(struct pykvm_irqchip) == sizeof(struct kvm_irqchip), "kvm_irqchip");
+
+union pykvm_irq_route_target {
+    struct kvm_irq_routing_irqchip irqchip;
+    struct kvm_irq_routing_msi msi;
+    __u32 pad[8];
+};
+struct pykvm_irq_route { __u32 gsi, type, flags, pad; union pykvm_irq_route_target u; };
+struct pykvm_irq_routing { __u32 nr, flags; struct pykvm_irq_route entries[]; };
+_Static_assert(sizeof(struct pykvm_irq_route) == sizeof(struct kvm_irq_routing_entry), "kvm_irq_routing_entry");
+_Static_assert(offsetof(struct pykvm_irq_route, u) == offsetof(struct kvm_irq_routing_entry, u), "route target");
+_Static_assert(offsetof(struct pykvm_irq_routing, entries) == offsetof(struct kvm_irq_routing, entries),
+               "kvm_irq_routing");
+
+struct pykvm_lapic { __u8 regs[1024]; };
+_Static_assert(sizeof(struct pykvm_lapic) == sizeof(struct kvm_lapic_state), "kvm_lapic_state");
+
+struct pykvm_coalesced_ring { __u32 first, last; struct kvm_coalesced_mmio entries[]; };
+_Static_assert(offsetof(struct pykvm_coalesced_ring, entries) ==
+                   offsetof(struct kvm_coalesced_mmio_ring, coalesced_mmio),
+               "kvm_coalesced_mmio_ring");
+
+struct pykvm_clock_data { __u64 clock; __u32 flags, pad0; __u64 realtime, host_tsc; __u32 pad[4]; };
+_Static_assert(sizeof(struct pykvm_clock_data) == sizeof(struct kvm_clock_data), "kvm_clock_data");
+_Static_assert(offsetof(struct pykvm_clock_data, flags) == offsetof(struct kvm_clock_data, flags), "clock flags");
+
+struct pykvm_msrs { __u32 nmsrs, pad; struct kvm_msr_entry entries[]; };
+struct pykvm_msr_list { __u32 nmsrs; __u32 indices[]; };
+struct pykvm_cpuid2 { __u32 nent, padding; struct kvm_cpuid_entry2 entries[]; };
+_Static_assert(offsetof(struct pykvm_msrs, entries) == offsetof(struct kvm_msrs, entries), "kvm_msrs");
+_Static_assert(offsetof(struct pykvm_msr_list, indices) == offsetof(struct kvm_msr_list, indices), "kvm_msr_list");
+_Static_assert(offsetof(struct pykvm_cpuid2, entries) == offsetof(struct kvm_cpuid2, entries), "kvm_cpuid2");
+
+struct pykvm_vcpu_events {
+    __u8 exception_injected, exception_nr, exception_has_error_code, exception_pending;
+    __u32 exception_error_code;
+    __u8 interrupt_injected, interrupt_nr, interrupt_soft, interrupt_shadow;
+    __u8 nmi_injected, nmi_pending, nmi_masked, nmi_pad;
+    __u32 sipi_vector, flags;
+    __u8 smi_smm, smi_pending, smi_smm_inside_nmi, smi_latched_init;
+    __u8 triple_fault_pending; /* 6.0, ed2351174e38; reserved and zero before */
+    __u8 reserved[26];
+    __u8 exception_has_payload;
+    __u64 exception_payload;
+};
+#define PYKVM_SAME_EVENT(ours, kernel) \
+    _Static_assert(offsetof(struct pykvm_vcpu_events, ours) == offsetof(struct kvm_vcpu_events, kernel), #kernel)
+PYKVM_SAME_EVENT(exception_pending, exception.pending);
+PYKVM_SAME_EVENT(exception_error_code, exception.error_code);
+PYKVM_SAME_EVENT(interrupt_injected, interrupt.injected);
+PYKVM_SAME_EVENT(interrupt_shadow, interrupt.shadow);
+PYKVM_SAME_EVENT(nmi_injected, nmi.injected);
+PYKVM_SAME_EVENT(nmi_masked, nmi.masked);
+PYKVM_SAME_EVENT(sipi_vector, sipi_vector);
+PYKVM_SAME_EVENT(flags, flags);
+PYKVM_SAME_EVENT(smi_smm, smi.smm);
+PYKVM_SAME_EVENT(smi_latched_init, smi.latched_init);
+PYKVM_SAME_EVENT(exception_has_payload, exception_has_payload);
+PYKVM_SAME_EVENT(exception_payload, exception_payload);
+_Static_assert(sizeof(struct pykvm_vcpu_events) == sizeof(struct kvm_vcpu_events), "kvm_vcpu_events");
+
+struct pykvm_guest_debug { __u32 control, pad; __u64 debugreg[8]; };
+_Static_assert(sizeof(struct pykvm_guest_debug) == sizeof(struct kvm_guest_debug), "kvm_guest_debug");
+
+struct pykvm_signal_mask { __u32 len; __u8 sigset[8]; };
+_Static_assert(offsetof(struct pykvm_signal_mask, sigset) == offsetof(struct kvm_signal_mask, sigset),
+               "kvm_signal_mask");
+
+struct pykvm_sync_regs { struct kvm_regs regs; struct kvm_sregs sregs; struct pykvm_vcpu_events events; };
+_Static_assert(sizeof(struct pykvm_sync_regs) == sizeof(struct kvm_sync_regs), "kvm_sync_regs");
+
 /* Named stand-ins for the anonymous members of kvm_run's union. */
 struct pykvm_run_io { __u8 direction, size; __u16 port; __u32 count; __u64 data_offset; };
 struct pykvm_run_mmio { __u64 phys_addr; __u8 data[8]; __u32 len; __u8 is_write; };
