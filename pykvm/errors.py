@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -213,7 +214,7 @@ _GENERIC_ADVICE = {
 def from_errno(
     number: int,
     operation: str,
-    table: dict[int, tuple[type[KvmError], str]] | None = None,
+    table: Mapping[int, tuple[type[KvmError], str]] | None = None,
 ) -> KvmError:
     """The exception for ``operation`` having failed with ``number`` (a positive errno).
 

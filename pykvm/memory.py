@@ -56,7 +56,9 @@ class GuestMemory:
 
     def __init__(self, size: int, *, huge: str | None = None, name: str = "pykvm") -> None:
         if not isinstance(size, int) or size <= 0 or size % PAGE_SIZE or size > 1 << 47:
-            raise UsageError(f"Guest memory of {size} bytes: the size must be a multiple of 4096 up to 128 TiB.")
+            raise UsageError(
+                f"Guest memory of {size} bytes: the size must be a multiple of 4096 up to 128 TiB."
+            )
         flags = os.MFD_CLOEXEC
         if huge is not None:
             if huge not in _HUGE:
@@ -71,7 +73,9 @@ class GuestMemory:
         try:
             os.ftruncate(fd, size)
             extra = 0 if huge else _MAP_NORESERVE
-            mapping = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | extra, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            mapping = mmap.mmap(
+                fd, size, flags=mmap.MAP_SHARED | extra, prot=mmap.PROT_READ | mmap.PROT_WRITE
+            )
         except (OSError, ValueError) as error:
             os.close(fd)
             remedy = (

@@ -8,6 +8,7 @@ that passes it to C holds a reference to that object for the length of the call.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -17,7 +18,7 @@ from pykvm.errors import BusyError, ClosedError, KvmError, from_errno
 if TYPE_CHECKING:
     from pykvm.abi.library import CData
 
-Refusals = dict[int, tuple[type[KvmError], str]]
+Refusals = Mapping[int, tuple[type[KvmError], str]]
 
 _CLOSED = lib.PYKVM_ECLOSED
 _BUSY = lib.PYKVM_EBUSY
@@ -25,8 +26,6 @@ _BUSY = lib.PYKVM_EBUSY
 
 class Managed:
     """Something that owns a file descriptor; a context manager; safe to close twice and from any thread."""
-
-    __slots__ = ("_handle",)
 
     def __init__(self, handle: CData) -> None:
         self._handle = handle
@@ -53,7 +52,9 @@ class Managed:
             raise self._closed_error()
         return int(self._handle.fd)
 
-    def ioctl(self, request: int, argument: CData | None, operation: str, refusals: Refusals | None = None) -> int:
+    def ioctl(
+        self, request: int, argument: CData | None, operation: str, refusals: Refusals | None = None
+    ) -> int:
         """Issue an ioctl with a pointer (or none); returns its non-negative result.
 
         ``operation`` is the ioctl's name; ``refusals`` maps its documented errnos to exceptions.

@@ -105,10 +105,7 @@ class DirtyPages:
 
     def __sub__(self, other: DirtyPages) -> DirtyPages:
         return DirtyPages(
-            {
-                slot: np.setdiff1d(self.gfns(slot), other.gfns(slot), assume_unique=True)
-                for slot in self.slots
-            }
+            {slot: np.setdiff1d(self.gfns(slot), other.gfns(slot), assume_unique=True) for slot in self.slots}
         )
 
     def runs(self, slot: int) -> list[tuple[int, int]]:

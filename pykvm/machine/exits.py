@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 
 class IoOut(NamedTuple):
-    """OUT or OUTS: ``count`` items of ``size`` bytes (1, 2, 4) were written to ``port``."""
+    """OUT or OUTS: ``repeat`` items of ``size`` bytes (1, 2, 4) were written to ``port``."""
 
     port: int
     size: int
     data: bytes
-    count: int = 1
+    repeat: int = 1
 
     @property
     def value(self) -> int:
@@ -24,11 +24,11 @@ class IoOut(NamedTuple):
 
 
 class IoIn(NamedTuple):
-    """IN or INS wants ``count`` items of ``size`` bytes from ``port``; answer with ``Vcpu.reply``."""
+    """IN or INS wants ``repeat`` items of ``size`` bytes from ``port``; answer with ``Vcpu.reply``."""
 
     port: int
     size: int
-    count: int = 1
+    repeat: int = 1
 
 
 class MmioWrite(NamedTuple):
@@ -73,7 +73,12 @@ class InternalError(NamedTuple):
     disassembly: str = ""
 
     def __str__(self) -> str:
-        name = {1: "emulation failed", 2: "simultaneous exceptions", 3: "event delivery", 4: "unexpected exit"}
+        name = {
+            1: "emulation failed",
+            2: "simultaneous exceptions",
+            3: "event delivery",
+            4: "unexpected exit",
+        }
         text = f"KVM internal error {self.suberror} ({name.get(self.suberror, 'unknown')})"
         if self.instruction:
             text += f" at bytes {self.instruction.hex(' ')}"

@@ -8,8 +8,8 @@ whatever runs on one runs on the other.  Semantics, errors and limits are those 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import IntFlag
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
@@ -75,17 +75,25 @@ class RingEntries(NamedTuple):
     offsets: npt.NDArray[np.uint64]
 
 
-@dataclass(frozen=True, slots=True)
 class RingHarvest:
     """Everything harvested and reset by one ``collect_rings``.
 
-    ``pages`` holds the distinct pages of live slots; ``stale`` counts the entries of slots that were
+    ``entries`` are the raw entries per vCPU in KVM's order; ``stale`` counts those of slots that were
     deleted or moved after KVM pushed them, which denote nothing any more.
     """
 
-    pages: DirtyPages
-    entries: tuple[RingEntries, ...] = field(default=())
-    stale: int = 0
+    def __init__(
+        self, entries: Sequence[RingEntries], marks: Mapping[int, Sequence[Gfns]], stale: int = 0
+    ) -> None:
+        """``marks``: per slot id the marked gfns of live slots, unsorted and with repeats."""
+        self.entries = tuple(entries)
+        self.stale = stale
+        self._marks = marks
+
+    @cached_property
+    def pages(self) -> DirtyPages:
+        """The distinct pages, made when first asked for: sorting costs more than harvesting."""
+        return DirtyPages({slot: np.unique(np.concatenate(parts)) for slot, parts in self._marks.items()})
 
 
 class Vcpu(Protocol):
@@ -106,8 +114,12 @@ class Vcpu(Protocol):
     def reply(self, data: bytes) -> None:
         """The answer to the IoIn or MmioRead that ``run`` just returned; its length is the exit's."""
 
-    def kick(self) -> None:
-        """From any thread: make the current run, or else the next one, return Kicked.  Exactly one does."""
+    def kick(self, wait: float | None = None) -> None:
+        """From any thread: make the current run, or else the next one, return Kicked.  Exactly one does.
+
+        With ``wait`` (seconds) a vCPU that is not running is left alone, and for one that is the call
+        returns only after it left the guest; GuestTimeoutError if it does not in time.
+        """
 
     def listen(self, ports: Iterable[int] | None) -> None:
         """Which I/O ports make ``run`` return; None (the default) means all.

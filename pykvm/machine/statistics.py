@@ -72,4 +72,8 @@ class Statistics(Mapping[str, Statistic]):
 
     def __sub__(self, before: Statistics) -> dict[str, int]:
         """The statistics that differ, with how much they moved (instant values may go down)."""
-        return {name: self.value(name) - before.value(name) for name in self if self.value(name) != before.value(name)}
+        return {
+            name: self.value(name) - before.value(name)
+            for name in self
+            if self.value(name) != before.value(name)
+        }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class CpuidEntry(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class CpuidEntry:
     """One leaf; ``flags`` bit 0 says that ``index`` (ECX) is significant (api.rst 4.20)."""
 
     function: int

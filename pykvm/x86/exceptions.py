@@ -32,4 +32,13 @@ class Vector(IntEnum):
     @property
     def has_error_code(self) -> bool:
         """Whether delivery pushes an error code (SDM vol. 3, 6.13)."""
-        return self in {Vector.DF, Vector.TS, Vector.NP, Vector.SS, Vector.GP, Vector.PF, Vector.AC, Vector.CP}
+        return self in {
+            Vector.DF,
+            Vector.TS,
+            Vector.NP,
+            Vector.SS,
+            Vector.GP,
+            Vector.PF,
+            Vector.AC,
+            Vector.CP,
+        }

@@ -1,0 +1,107 @@
+"""KVM_GET/SET_REGS and KVM_GET/SET_SREGS (api.rst 4.11 to 4.14)."""
+
+from __future__ import annotations
+
+import errno
+import struct
+from typing import TYPE_CHECKING
+
+from pykvm.abi import ffi, lib
+from pykvm.abi.managed import Managed, Refusals
+from pykvm.errors import KvmError, UsageError
+from pykvm.x86.registers import (
+    GENERAL,
+    SEGMENT_FIELDS,
+    SEGMENTS,
+    DescriptorTable,
+    Registers,
+    Segment,
+    SpecialRegisters,
+)
+
+if TYPE_CHECKING:
+    from pykvm.abi.library import CData
+
+# struct kvm_regs is the sixteen registers in the order of Registers, then rip and rflags.
+_REGS = struct.Struct("<18Q")
+_NAMES = (*GENERAL, "rip", "rflags")
+_CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")
+
+_SREGS_REFUSALS: Refusals = {
+    errno.EINVAL: (
+        KvmError,
+        "the control registers contradict each other or name a feature that the guest's CPUID or the host "
+        "lacks (CR0.PG without PE, EFER.LMA without PG and PAE, CR4.LA57, CR3 beyond MAXPHYADDR …).",
+    )
+}
+
+
+def fill_special(sregs: CData, value: SpecialRegisters) -> None:
+    """Write the fields that kvm_sregs and kvm_sregs2 share."""
+    for name in SEGMENTS:
+        target, segment = getattr(sregs, name), getattr(value, name)
+        for field in SEGMENT_FIELDS:
+            setattr(target, field, getattr(segment, field))
+    for name in ("gdt", "idt"):
+        table = getattr(value, name)
+        getattr(sregs, name).base = table.base
+        getattr(sregs, name).limit = table.limit
+    for name in _CONTROL:
+        setattr(sregs, name, getattr(value, name))
+
+
+def read_special(sregs: CData) -> SpecialRegisters:
+    """Read the fields that kvm_sregs and kvm_sregs2 share."""
+    value = SpecialRegisters()
+    for name in SEGMENTS:
+        source = getattr(sregs, name)
+        setattr(value, name, Segment(*(getattr(source, field) for field in SEGMENT_FIELDS)))
+    value.gdt = DescriptorTable(sregs.gdt.base, sregs.gdt.limit)
+    value.idt = DescriptorTable(sregs.idt.base, sregs.idt.limit)
+    for name in _CONTROL:
+        setattr(value, name, getattr(sregs, name))
+    return value
+
+
+class VcpuRegisters(Managed):
+    """General and special registers of a vCPU.  All methods raise ClosedError, BusyError, KvmError."""
+
+    def get_registers(self) -> Registers:
+        """KVM_GET_REGS (api.rst 4.11)."""
+        regs = ffi.new("struct kvm_regs *")
+        self.ioctl(lib.KVM_GET_REGS, regs, "KVM_GET_REGS")
+        return Registers(*_REGS.unpack(ffi.buffer(regs)))
+
+    def set_registers(self, registers: Registers) -> None:
+        """KVM_SET_REGS (api.rst 4.12).  Raises UsageError for a value that does not fit 64 bits."""
+        regs = ffi.new("struct kvm_regs *")
+        values = [getattr(registers, name) for name in _NAMES]
+        try:
+            ffi.buffer(regs)[:] = _REGS.pack(*values)
+        except struct.error:
+            bad = next(n for n, v in zip(_NAMES, values, strict=True) if not 0 <= v < 1 << 64)
+            raise UsageError(f"Register {bad} must be an unsigned 64-bit number.") from None
+        self.ioctl(lib.KVM_SET_REGS, regs, "KVM_SET_REGS")
+
+    def get_special_registers(self) -> SpecialRegisters:
+        """KVM_GET_SREGS (api.rst 4.13); ``pdptrs`` stays None, it needs KVM_GET_SREGS2."""
+        sregs = ffi.new("struct kvm_sregs *")
+        self.ioctl(lib.KVM_GET_SREGS, sregs, "KVM_GET_SREGS")
+        value = read_special(sregs)
+        for i, word in enumerate(sregs.interrupt_bitmap):
+            if word:
+                value.interrupt = i * 64 + word.bit_length() - 1
+        return value
+
+    def set_special_registers(self, registers: SpecialRegisters) -> None:
+        """KVM_SET_SREGS (api.rst 4.14); ``pdptrs`` is ignored.  Raises UsageError for values out of range."""
+        sregs = ffi.new("struct kvm_sregs *")
+        try:
+            fill_special(sregs, registers)
+        except OverflowError as error:
+            raise UsageError(f"A special register is out of its range: {error}.") from None
+        if registers.interrupt is not None:
+            if not 0 <= registers.interrupt < 256:
+                raise UsageError(f"Interrupt vector {registers.interrupt} is not in 0 to 255.")
+            sregs.interrupt_bitmap[registers.interrupt // 64] = 1 << registers.interrupt % 64
+        self.ioctl(lib.KVM_SET_SREGS, sregs, "KVM_SET_SREGS", _SREGS_REFUSALS)

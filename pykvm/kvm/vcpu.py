@@ -1,0 +1,182 @@
+"""A vCPU: running it, kicking it, answering its exits (api.rst 4.10 and section 5)."""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from pykvm.abi import ffi, lib
+from pykvm.errors import GuestTimeoutError, UsageError
+from pykvm.kvm.exits import decode
+from pykvm.kvm.registers import VcpuRegisters
+from pykvm.kvm.rings import VcpuRing
+from pykvm.machine.exits import Exit, IoIn, IoOut, Kicked, MmioRead
+
+if TYPE_CHECKING:
+    from pykvm.abi.library import CData
+    from pykvm.kvm.vm import KvmVm
+
+_run = lib.pykvm_vcpu_run
+_PACKED_IO = lib.PYKVM_RUN_PACKED_IO
+_KICKED = lib.PYKVM_RUN_KICKED
+_INTERRUPTED = lib.PYKVM_RUN_INTERRUPTED
+_POLL_SECONDS = 20e-6
+
+
+class KvmVcpu(VcpuRegisters):
+    """A vCPU of a real VM; see pykvm.machine.Vcpu.
+
+    SAFETY: the kvm_run page belongs to a Python mmap object that ``_page`` keeps alive.  Closing drops the
+    reference only; a method that is using the page holds one of its own, so the page is unmapped by
+    whoever lets go last.
+    """
+
+    def __init__(self, vm: KvmVm, vcpu_id: int, fd: int, mmap_size: int, ring_entries: int) -> None:
+        self.vm = vm
+        self.id = vcpu_id
+        self._state = ffi.new("struct pykvm_vcpu *")
+        super().__init__(ffi.addressof(self._state, "handle"))
+        lib.pykvm_handle_init(self._handle, fd, 1)
+        self._page: CData | None = None
+        self.ring: VcpuRing | None = None
+        self._answer: tuple[int, int] | None = None
+        try:
+            mapping = mmap.mmap(fd, mmap_size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            self._mapping: mmap.mmap | None = mapping
+            self._page = ffi.from_buffer("struct pykvm_run_page *", mapping)
+            if ring_entries:
+                self.ring = VcpuRing(fd, ring_entries)
+        except BaseException:
+            self.close()
+            raise
+        self.listen(None)
+
+    @property
+    def name(self) -> str:
+        return f"vCPU {self.id}"
+
+    # --- running ---------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        return bool(self._state.tid)
+
+    @property
+    def entries(self) -> int:
+        """How often KVM_RUN was called for this vCPU."""
+        return int(self._state.entries)
+
+    def run(self) -> Exit:
+        """KVM_RUN (api.rst 4.10) until an exit that somebody must see; see pykvm.machine.Vcpu.run.
+
+        Raises ClosedError, BusyError, and KvmError: EFAULT where host memory behind a guest page is
+        inaccessible, EIO after a fork.
+        """
+        page = self._page
+        if page is None:
+            raise self._closed_error()
+        code = _run(self._state, page)
+        while code == _INTERRUPTED:
+            # Between two calls the interpreter runs Python's signal handlers, Ctrl-C among them.
+            code = _run(self._state, page)
+        if code > _PACKED_IO:
+            size = code >> 16 & 7
+            if code & 0x4000:
+                return IoOut(code >> 20 & 0xFFFF, size, (code >> 36).to_bytes(size, "little"))
+            self._answer = (page.u.io.data_offset, size)
+            return IoIn(code >> 20 & 0xFFFF, size)
+        return self._slow(code, page)
+
+    def _slow(self, code: int, page: CData) -> Exit:
+        if code == _KICKED:
+            return Kicked()
+        if code < 0:
+            raise self._error(code, "KVM_RUN")
+        result = decode(page, self._code_bits)
+        if isinstance(result, IoIn):
+            self._answer = (page.u.io.data_offset, result.size * result.repeat)
+        elif isinstance(result, MmioRead):
+            offset = ffi.offsetof("struct pykvm_run_page", "u") + ffi.offsetof(
+                "struct pykvm_run_mmio", "data"
+            )
+            self._answer = (offset, result.size)
+        return result
+
+    def _code_bits(self) -> int:
+        cs = self.get_special_registers().cs
+        return 64 if cs.l else 32 if cs.db else 16
+
+    def reply(self, data: bytes) -> None:
+        """Answer the IoIn or MmioRead just returned.  Raises UsageError where there is none, or for a
+        length other than the exit's."""
+        page, answer = self._page, self._answer
+        if page is None:
+            raise self._closed_error()
+        if answer is None:
+            raise UsageError(f"{self.name} has no IoIn or MmioRead to answer.")
+        offset, length = answer
+        if len(data) != length:
+            raise UsageError(f"The answer must have {length} bytes, not {len(data)}.")
+        # SAFETY: KVM chose offset and length within the vCPU mapping; ``page`` keeps it mapped.
+        ffi.memmove(ffi.cast("char *", page) + offset, data, length)
+        self._answer = None
+
+    def kick(self, wait: float | None = None) -> None:
+        """Make the current or else the next run return Kicked; see pykvm.machine.Vcpu.kick."""
+        page = self._page
+        if page is None:
+            raise self._closed_error()
+        state = self._state
+        if wait is None:
+            lib.pykvm_vcpu_kick(state, page)
+            return
+        if not state.tid:
+            return
+        lib.pykvm_vcpu_kick(state, page)
+        deadline = time.monotonic() + wait
+        while state.kick and state.tid:
+            if time.monotonic() > deadline:
+                raise GuestTimeoutError(f"{self.name} did not leave the guest within {wait} s.")
+            time.sleep(_POLL_SECONDS)
+
+    def listen(self, ports: Iterable[int] | None) -> None:
+        """Which ports make ``run`` return; None means all.  Raises UsageError beyond 0xffff."""
+        words = self._state.ports
+        if ports is None:
+            for i in range(1024):
+                words[i] = 0xFFFFFFFFFFFFFFFF
+            return
+        chosen = [0] * 1024
+        for port in ports:
+            if not 0 <= port <= 0xFFFF:
+                raise UsageError(f"I/O port {port:#x} is not in 0 to 0xffff.")
+            chosen[port // 64] |= 1 << port % 64
+        for i, word in enumerate(chosen):
+            words[i] = word
+
+    @property
+    def swallowed(self) -> int:
+        """Port accesses that were answered without Python, since nobody listens there."""
+        return int(self._state.swallowed)
+
+    def request_interrupt_window(self, wanted: bool = True) -> None:
+        """Make ``run`` return InterruptWindow as soon as the guest can take an interrupt."""
+        page = self._page
+        if page is None:
+            raise self._closed_error()
+        page.request_interrupt_window = int(wanted)
+
+    # --- lifetime --------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close the vCPU; a thread inside ``run`` is kicked out and its next call raises ClosedError."""
+        page = self._page
+        inside = lib.pykvm_handle_close(self._handle)
+        if page is not None and inside:
+            lib.pykvm_vcpu_kick(self._state, page)
+        self._page = None
+        self._mapping = None
+        if self.ring is not None:
+            self.ring.close()

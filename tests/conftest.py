@@ -1,0 +1,59 @@
+"""Fixtures for tests on a real KVM.
+
+``PYKVM_REQUIRE_KVM=1`` turns the skip for want of a usable /dev/kvm into a failure.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from pykvm.errors import PykvmError
+from pykvm.kvm import KvmSystem, KvmVm
+
+
+def _why_no_kvm() -> str:
+    try:
+        with KvmSystem() as system, system.create_machine():
+            return ""
+    except PykvmError as error:
+        return str(error)
+
+
+WHY_NO_KVM = _why_no_kvm()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("kvm") is None or not WHY_NO_KVM:
+        return
+    if os.environ.get("PYKVM_REQUIRE_KVM") == "1":
+        pytest.fail(f"PYKVM_REQUIRE_KVM=1, but {WHY_NO_KVM}", pytrace=False)
+    pytest.skip(f"needs a real KVM: {WHY_NO_KVM}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test that takes a real system or VM runs on KVM; slow sweeps only run when -m asks for them."""
+    for item in items:
+        if {"system", "vm"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.kvm)
+    if not config.option.markexpr:
+        kept = [item for item in items if item.get_closest_marker("slow") is None]
+        if len(kept) < len(items):
+            config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+            items[:] = kept
+
+
+@pytest.fixture
+def system() -> Iterator[KvmSystem]:
+    """/dev/kvm."""
+    with KvmSystem() as opened:
+        yield opened
+
+
+@pytest.fixture
+def vm(system: KvmSystem) -> Iterator[KvmVm]:
+    """A fresh VM without memory or vCPUs."""
+    with system.create_machine() as machine:
+        yield machine
