@@ -185,6 +185,14 @@ class WireError(MigrationError):
     """The stream is not what the format allows: wrong magic, version, checksum, order, length or address."""
 
 
+class ChannelError(MigrationError):
+    """The connection broke, ended or stood still; ``transmitted`` says whether the frame left in part."""
+
+    def __init__(self, text: str, *, transmitted: bool = False) -> None:
+        super().__init__(text)
+        self.transmitted = transmitted
+
+
 class VerificationError(PykvmError):
     """The digests of the two sides differ: a page was lost on the way."""
 
@@ -198,6 +206,12 @@ class HandoverUnknownError(PykvmError):
     """
 
     exit_status = 11
+
+
+class DestinationLostError(PykvmError):
+    """The destination took the guest over and then fell silent: the guest was its own, and went with it."""
+
+    exit_status = 12
 
 
 # --- errno ---------------------------------------------------------------------------------------
