@@ -1,0 +1,1 @@
+"""The ``pykvm`` command: one module a command, each a thin caller of the rooms below."""

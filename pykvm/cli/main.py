@@ -1,0 +1,117 @@
+"""The entry point: find the command, run it, and turn whatever happens into one sentence and a status."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from typing import ClassVar, NoReturn
+
+import click
+
+from pykvm import __version__
+from pykvm.cli.session import Session, json_requested
+from pykvm.errors import PykvmError
+
+USAGE_STATUS = 2
+BUG_STATUS = 70  # EX_SOFTWARE of <sysexits.h>
+INTERRUPTED_STATUS = 128 + 2
+BROKEN_PIPE_STATUS = 128 + 13
+
+
+class Commands(click.Group):
+    """Imports a command's module when it is used, so that --help and errors come at once."""
+
+    names: ClassVar[dict[str, str]] = {
+        "info": "info",
+        "guests": "guests",
+        "run": "run",
+        "dirty": "dirty",
+        "migrate": "migrate",
+    }
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.names)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in self.names:
+            return None
+        command = importlib.import_module(f"pykvm.cli.{self.names[name]}").command
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.command(
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(__version__, prog_name="pykvm")
+def cli() -> None:
+    """Find out whether a KVM host tells the truth about memory.
+
+    pykvm drives /dev/kvm directly: it runs tiny guests under dirty logging, shows what they write, and
+    migrates them live from one process to another while both sides prove that no page was lost.
+
+    Exit statuses and the keys of --json are listed in docs/exit-status.md and docs/json.md.
+    """
+
+
+def _sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def _failed(session: Session, message: str, status: int) -> int:
+    session.document |= {"error": message, "exit_status": status}
+    print(f"pykvm: {message}", file=sys.stderr)
+    return status
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit status; nothing is raised."""
+    session = Session()
+    session.json = json_requested(arguments)
+    session.debug = "--debug" in arguments
+    status = 0
+    try:
+        try:
+            with cli.make_context("pykvm", arguments, obj=session) as context:
+                cli.invoke(context)
+        except click.exceptions.Exit as done:
+            status = done.exit_code
+        except click.exceptions.NoArgsIsHelpError as error:
+            print(error.ctx.get_help(), file=sys.stderr)
+            status = USAGE_STATUS
+        except click.ClickException as error:
+            where = getattr(error, "ctx", None)
+            hint = f" See '{where.command_path} --help'." if where else ""
+            status = _failed(session, _sentence(Exception(error.format_message())) + hint, USAGE_STATUS)
+        except PykvmError as error:
+            if session.debug:
+                traceback.print_exc()
+            status = _failed(session, _sentence(error), error.exit_status)
+        except (KeyboardInterrupt, click.Abort):
+            status = _failed(session, "Interrupted.", INTERRUPTED_STATUS)
+        if session.document:
+            session.print_document()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output went away.  Python flushes standard output once more at exit: let it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = BROKEN_PIPE_STATUS
+    except Exception as error:
+        if session.debug:
+            traceback.print_exc()
+        status = _failed(
+            session,
+            f"This is a bug in pykvm ({type(error).__name__}: {_sentence(error)}) "
+            "Run again with --debug for the traceback and report it.",
+            BUG_STATUS,
+        )
+        session.print_document()
+    return status
+
+
+def main() -> NoReturn:
+    """The console script ``pykvm``."""
+    sys.exit(run(sys.argv[1:]))

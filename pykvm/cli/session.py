@@ -1,0 +1,88 @@
+"""Where a command's output goes: the one JSON object, text for people, and progress.
+
+Without ``--json`` results go to standard output and progress to standard error.  With it standard output
+carries exactly one JSON object and everything else goes to standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+from rich.console import Console
+
+from pykvm.report.document import encode
+
+
+class Session:
+    """One run of the command line.  A command fills ``document``; ``main`` prints it at the end."""
+
+    def __init__(self) -> None:
+        self.json = False
+        self.debug = False
+        self.backend = "auto"
+        self.document: dict[str, Any] = {}
+
+    @property
+    def out(self) -> Console:
+        """For results."""
+        return Console(stderr=self.json, highlight=False, soft_wrap=True)
+
+    @property
+    def progress(self) -> Console:
+        """For what is only interesting while it happens."""
+        return Console(stderr=True, highlight=False)
+
+    def note(self, text: str) -> None:
+        """One line of progress, free of markup."""
+        self.progress.print(text, markup=False, soft_wrap=True)
+
+    def print_document(self) -> None:
+        """The JSON object, on standard output, if it was asked for."""
+        if self.json:
+            sys.stdout.write(encode(self.document))
+            sys.stdout.flush()
+
+
+def _set(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
+    def callback(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+        setattr(ctx.find_object(Session), name, value)
+
+    return callback
+
+
+def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every command takes.  The command gets the Session as its first argument."""
+    command = click.pass_obj(command)
+    command = click.option(
+        "--debug",
+        is_flag=True,
+        expose_value=False,
+        callback=_set("debug"),
+        help="Show the traceback of an unexpected error.",
+    )(command)
+    command = click.option(
+        "--json",
+        is_flag=True,
+        expose_value=False,
+        callback=_set("json"),
+        is_eager=True,
+        help="Print one JSON object on standard output; everything else goes to standard error.",
+    )(command)
+    return click.option(
+        "--backend",
+        type=click.Choice(["auto", "kvm", "model"]),
+        default="auto",
+        show_default=True,
+        expose_value=False,
+        callback=_set("backend"),
+        help="The machine to use: real KVM, the reference model, or KVM where it works.",
+    )(command)
+
+
+def json_requested(arguments: list[str]) -> bool:
+    """Whether ``--json`` is among the options: known before they are parsed, since parsing can fail."""
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    return "--json" in options
