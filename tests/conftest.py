@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -43,6 +43,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if len(kept) < len(items):
             config.hook.pytest_deselected(items=[item for item in items if item not in kept])
             items[:] = kept
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if item.get_closest_marker("kvm") is not None:
+        # A property survives the way from an xdist worker to the process that counts.
+        report.user_properties.append(("kvm", True))
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How much of the run was judged by a real KVM."""
+    ran = [report for name in ("passed", "failed") for report in terminalreporter.stats.get(name, ())]
+    real = sum(any(name == "kvm" for name, _ in report.user_properties) for report in ran)
+    why = f": {WHY_NO_KVM}" if WHY_NO_KVM else ""
+    terminalreporter.write_line(f"{real} of {len(ran)} tests ran on real KVM{why}")
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ class Page(HTMLParser):
         self.links += [
             f"{name}={value}" for name, value in attrs if name in ("src", "href", "srcset", "data")
         ]
-        if tag not in ("meta",):
+        if tag != "meta":
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
