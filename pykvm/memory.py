@@ -83,6 +83,7 @@ class GuestMemory:
             )
             raise HostError(f"Cannot map {size} bytes of guest memory ({error}); {remedy}.") from error
         self.size = size
+        self._huge = huge is not None
         self._backing: _Backing | None = _Backing(fd, mapping)
         self._pins = 0
         self._closed = False
@@ -156,7 +157,17 @@ class GuestMemory:
         backing = self._open()
         data = memoryview(data).cast("B")
         self._check(offset, len(data))
-        backing.map[offset : offset + len(data)] = data
+        if len(data) < PAGE_SIZE or self._huge:  # hugetlb files cannot be written
+            backing.map[offset : offset + len(data)] = data
+            return
+        # Through the file: no fault and no zeroing per page, so twice as fast where pages are new.
+        while data:
+            try:
+                count = os.pwrite(backing.fd, data, offset)
+            except OSError as error:
+                raise HostError(f"Cannot store guest memory: {error.strerror}; free some memory.") from error
+            data = data[count:]
+            offset += count
 
     def view(self, offset: int = 0, length: int | None = None) -> npt.NDArray[np.uint8]:
         """A live, writable array of bytes; it keeps the memory mapped as long as it exists."""
@@ -207,17 +218,20 @@ class GuestMemory:
         """Bytes that the host really spends on this memory."""
         return os.fstat(self._open().fd).st_blocks * 512
 
-    def page_digests(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]:
-        """The pages that are not all zero and their BLAKE2b-128 digests.
+    def page_digests(
+        self, offset: int = 0, length: int | None = None
+    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]:
+        """The pages that are not all zero and their BLAKE2b-128 digests, of the whole memory or of some pages
+        (offset and length in bytes, multiples of 4096).
 
         Returns (page numbers ascending, array of shape (n, 16)).  Two memories of one size are equal if and
         only if both arrays are.  Time and memory follow the allocated pages, not the size.
         """
         pages: list[int] = []
         digests = bytearray()
-        for offset, length in self.extents():
-            for start in range(offset, offset + length, 1 << 20):
-                block = memoryview(self.read(start, min(1 << 20, offset + length - start)))
+        for begin, span in self.extents(offset, length):
+            for start in range(begin, begin + span, 1 << 20):
+                block = memoryview(self.read(start, min(1 << 20, begin + span - start)))
                 for at in range(0, len(block), PAGE_SIZE):
                     page = block[at : at + PAGE_SIZE]
                     if page != _ZERO_PAGE:

@@ -69,7 +69,7 @@ class Limits(NamedTuple):
 
 _JSON: Final = Limits(JSON_LIMIT)
 _RUN: Final = struct.Struct("<QQ")
-LIMITS: Final = {kind: _JSON for kind in FrameType} | {
+LIMITS: Final = dict.fromkeys(FrameType, _JSON) | {
     FrameType.PAGES: Limits(FRAME_PAGES * _RUN.size, FRAME_PAGES * PAGE_SIZE, PAGE_SIZE),
     FrameType.ZEROS: Limits(RUNS_PER_ZEROS * _RUN.size),
     FrameType.DIGESTS: Limits(_RUN.size, DIGESTS_PER_FRAME * RECORD_SIZE, RECORD_SIZE),
@@ -98,9 +98,7 @@ def pack_header(
     kind: FrameType, sequence: int, head: bytes, body_size: int = 0, body_checksum: int = 0
 ) -> bytes:
     """The header of a frame whose head is ``head``; the body's checksum is the caller's."""
-    fields = _HEADER.pack(
-        MAGIC, VERSION, kind, sequence, len(head), body_size, checksum(head), body_checksum
-    )
+    fields = _HEADER.pack(MAGIC, VERSION, kind, sequence, len(head), body_size, checksum(head), body_checksum)
     return fields + _CHECKSUM.pack(checksum(fields))
 
 
