@@ -80,6 +80,12 @@ class VcpuRing:
             self.overflowed = True
         return RingEntries(vcpu_id, self._slots[:n].copy(), self._offsets[:n].copy())
 
+    def abandon(self) -> None:
+        """Give up what is in the ring, so that its vCPU is not stopped for ever by a full ring."""
+        ring = self._entries
+        if ring is not None:
+            self.head = (self.head + lib.pykvm_ring_abandon(ring, self.entries, self.head)) & 0xFFFFFFFF
+
     def close(self) -> None:
         self._entries = None
 
@@ -209,6 +215,13 @@ class VmRings(VmMemory):
                 raise self._overflow(None)
 
     def _overflow(self, vcpu_id: int | None) -> RingOverflowError:
+        """The error to raise.  The log is beyond repair, but the guest can go on: the rings are emptied."""
+        for vcpu in self._ring_vcpus():
+            if vcpu.ring is not None and vcpu.ring.overflowed:
+                vcpu.ring.abandon()
+        self.reset_dirty_rings()
+        self._batches = []
+        self._unreset = 0
         whose = "A dirty ring" if vcpu_id is None else f"The dirty ring of vCPU {vcpu_id}"
         return RingOverflowError(
             f"{whose} ({self.ring_entries} entries) overflowed and pages are missing from the log: this host "

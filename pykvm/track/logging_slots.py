@@ -33,8 +33,12 @@ class SlotLogging:
             raise UsageError("The tracker is armed already; disarm it first.")
         self._machine = machine
         self._armed = [slot for slot in machine.slots.values() if not slot.flags & SlotFlags.READONLY]
-        for slot in self._armed:
-            slot.set_flags(slot.flags | SlotFlags.LOG_DIRTY_PAGES)
+        try:
+            for slot in self._armed:
+                slot.set_flags(slot.flags | SlotFlags.LOG_DIRTY_PAGES)
+        except BaseException:
+            self.disarm()
+            raise
 
     def disarm(self) -> None:
         """Clear the flag again; harmless when not armed."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
-from pykvm.errors import UsageError
+from pykvm.errors import RingOverflowError, UsageError
 from pykvm.machine import DirtyPages, Machine, Vcpu
 from pykvm.track.logging_slots import SlotLogging
 
@@ -28,23 +29,32 @@ class RingTracker(SlotLogging):
         self.entries = entries
         self.stale = 0
         """Entries dropped so far because their slot was deleted or moved."""
+        self._rings: Machine | None = None
         self._lock = threading.Lock()
         self._taken = DirtyPages()
 
     def prepare(self, machine: Machine) -> None:
         machine.enable_dirty_ring(self.entries)
+        self._rings = machine
 
     def arm(self, machine: Machine) -> None:
-        super().arm(machine)
         if not machine.ring_entries:
-            self.disarm()
             raise UsageError("The machine has no dirty rings; call prepare(machine) before its first vCPU.")
+        machine.collect_rings()
+        self._rings = machine
+        super().arm(machine)
 
     def on_ring_full(self, vcpu: Vcpu) -> None:
-        """Empty the full ring from its own thread; the pages go out with the next ``collect``."""
-        self._take([vcpu])
+        """Empty the full ring from its own thread; the pages go out with the next ``collect``.
+
+        An overflow does not stop the guest: the ring is emptied, and the next ``collect`` raises.
+        """
+        with contextlib.suppress(RingOverflowError):
+            self._take([vcpu])
 
     def collect(self, *, final: bool = False) -> DirtyPages:
+        if self._machine is None:
+            raise UsageError("The tracker is not armed; call arm(machine) first.")
         if final:
             self.kick_vcpus()
         self._take(None)
@@ -56,14 +66,18 @@ class RingTracker(SlotLogging):
         # One lock around both: otherwise pages could sit between the harvest and ``_taken`` while a final
         # collection returns without them.
         with self._lock:
-            harvest = self.machine.collect_rings(vcpus)
-            self._taken |= harvest.pages
-            self.stale += harvest.stale
+            if self._rings is not None:
+                harvest = self._rings.collect_rings(vcpus)
+                self._taken |= harvest.pages
+                self.stale += harvest.stale
 
     def rearm(self, pages: DirtyPages) -> None:
         """Nothing: the reset re-armed them before they were handed out."""
 
     def disarm(self) -> None:
+        """Stop logging and empty the rings, so that no vCPU stops for what nobody wants any more."""
         super().disarm()
+        with contextlib.suppress(RingOverflowError):
+            self._take(None)
         with self._lock:
             self._taken = DirtyPages()
