@@ -1,0 +1,1 @@
+"""Making guests: images, page tables, boot states, devices, the run loop and the workloads."""

@@ -1,0 +1,106 @@
+"""The guests that come with the package: their images, sources and listings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import capstone
+
+from pykvm.errors import ImageError, UsageError
+from pykvm.guest.protocol import LOAD_ADDRESS, GuestHeader, Kind
+
+_IMAGES: Final = Path(__file__).parent / "images"
+_BITS: Final = {
+    Kind.REAL: capstone.CS_MODE_16,
+    Kind.PROTECTED16: capstone.CS_MODE_16,
+    Kind.ROM: capstone.CS_MODE_16,
+    Kind.PROTECTED32: capstone.CS_MODE_32,
+    Kind.PAGED32: capstone.CS_MODE_32,
+    Kind.PAE: capstone.CS_MODE_32,
+}
+_MODES: Final = {
+    Kind.WORKLOAD: "long mode, CPL 0 or 3",
+    Kind.REAL: "real mode",
+    Kind.PROTECTED16: "16-bit protected mode",
+    Kind.PROTECTED32: "32-bit protected mode",
+    Kind.PAGED32: "32-bit protected mode with paging",
+    Kind.PAE: "32-bit protected mode with PAE paging",
+    Kind.LONG: "long mode",
+    Kind.LA57: "long mode with 5-level paging",
+    Kind.ROM: "from the reset vector, real mode",
+}
+
+
+@dataclass(frozen=True)
+class CatalogGuest:
+    """One guest: its header and its image, to be loaded at ``load_address`` (linear)."""
+
+    header: GuestHeader
+    image: bytes
+
+    @property
+    def name(self) -> str:
+        return self.header.name
+
+    @property
+    def summary(self) -> str:
+        """What it does, in one line."""
+        return self.header.summary
+
+    @property
+    def modes(self) -> str:
+        """The CPU modes that it runs in, in words."""
+        return _MODES[self.header.kind]
+
+    @property
+    def load_address(self) -> int:
+        return 0xFFFF0000 if self.header.kind is Kind.ROM else LOAD_ADDRESS
+
+    @property
+    def source(self) -> str:
+        """Its assembly source (GNU as, Intel syntax)."""
+        return (_IMAGES / f"{self.name}.S").read_text()
+
+    @property
+    def disassembly(self) -> str:
+        """A listing of the image's code: address, bytes, instruction."""
+        decoder = capstone.Cs(capstone.CS_ARCH_X86, _BITS.get(self.header.kind, capstone.CS_MODE_64))
+        decoder.skipdata = True
+        start = self.header.size
+        lines = [
+            f"{address:08x}  {self.image[address - self.load_address :][:size].hex(' '):<32}  {name} {operands}".rstrip()
+            for address, size, name, operands in decoder.disasm_lite(
+                self.image[start:], self.load_address + start
+            )
+        ]
+        return "\n".join(lines)
+
+
+def names() -> tuple[str, ...]:
+    """The names of all guests, in alphabetical order.  Raises ImageError if they were not built."""
+    found = tuple(sorted(file.stem for file in _IMAGES.glob("*.bin")))
+    if not found:
+        raise ImageError("The guest images are missing; build them with scripts/build_guests.py.")
+    return found
+
+
+def workloads() -> tuple[str, ...]:
+    """The names of the workloads among them."""
+    return tuple(name for name in names() if load(name).header.kind is Kind.WORKLOAD)
+
+
+@cache
+def load(name: str) -> CatalogGuest:
+    """The guest of that name.  Raises UsageError with the known names, ImageError for a damaged image."""
+    if name not in names():
+        raise UsageError(f"There is no guest '{name}'; the guests are {', '.join(names())}.")
+    image = (_IMAGES / f"{name}.bin").read_bytes()
+    return CatalogGuest(GuestHeader.parse(image), image)
+
+
+def include() -> str:
+    """The include file with the guest-host protocol."""
+    return (_IMAGES / "pykvm.inc").read_text()
