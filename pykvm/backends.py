@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pykvm.errors import BackendError, HostError, KvmError, UsageError
 from pykvm.kvm import KvmSystem
+from pykvm.machine import System
 
 BACKENDS = ("auto", "kvm", "model")
 
 
-def open_system(backend: str = "auto", *, device: str = "/dev/kvm") -> KvmSystem:
+def open_system(backend: str = "auto", *, device: str = "/dev/kvm") -> System:
     """The system behind ``backend``: ``kvm``, ``model``, or ``auto`` (kvm where it can create a VM).
 
     ``device`` is the KVM device node.  Raises DeviceMissingError, DevicePermissionError, BackendError,
@@ -26,4 +27,5 @@ def open_system(backend: str = "auto", *, device: str = "/dev/kvm") -> KvmSystem
     except KvmError as error:
         system.close()
         raise HostError(f"{device} cannot create a VM: {error}") from error
+    system.description += " (chosen because it can create a VM)"
     return system

@@ -43,6 +43,7 @@ class KvmSystem(Managed):
         except OSError as error:
             raise DeviceMissingError(f"{path} cannot be opened: {error.strerror}.") from None
         super().__init__(self.new_handle(fd))
+        self.description = f"real KVM at {path}"
         try:
             version = self.ioctl_int(lib.KVM_GET_API_VERSION, 0, "KVM_GET_API_VERSION")
         except OSError:

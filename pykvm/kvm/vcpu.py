@@ -77,6 +77,7 @@ class KvmVcpu(VcpuRegisters):
         page = self._page
         if page is None:
             raise self._closed_error()
+        self._answer = None
         code = _run(self._state, page)
         while code == _INTERRUPTED:
             # Between two calls the interpreter runs Python's signal handlers, Ctrl-C among them.

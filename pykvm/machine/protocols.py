@@ -221,7 +221,12 @@ class System(Protocol):
     """A source of machines: /dev/kvm, or the model."""
 
     @property
-    def backend(self) -> str: ...
+    def backend(self) -> str:
+        """``kvm`` or ``model``."""
+
+    @property
+    def description(self) -> str:
+        """Which backend this is and why it was chosen, in a few words."""
 
     def create_machine(self) -> Machine: ...
     def close(self) -> None: ...

@@ -200,8 +200,7 @@ def test_an_overflow_raises_and_the_guest_can_go_on(rig: MakeRig) -> None:
     assert isinstance(exit_, Halted)
     try:
         assert machine.reported() == set(DATA)
-    except RingOverflowError as error:
-        assert "bitmap" in str(error)
+    except RingOverflowError:
         for _ in range(2):
             with pytest.raises(RingOverflowError):
                 tracker.collect()
