@@ -15,6 +15,16 @@ from rich.console import Console
 
 from pykvm.report.document import encode
 
+_PLAIN_WIDTH = 120
+
+
+def _console(*, stderr: bool) -> Console:
+    """A console that does not squeeze tables into 80 columns when nobody's terminal is that narrow."""
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal:
+        console.width = _PLAIN_WIDTH
+    return console
+
 
 class Session:
     """One run of the command line.  A command fills ``document``; ``main`` prints it at the end."""
@@ -28,12 +38,12 @@ class Session:
     @property
     def out(self) -> Console:
         """For results."""
-        return Console(stderr=self.json, highlight=False, soft_wrap=True)
+        return _console(stderr=self.json)
 
     @property
     def progress(self) -> Console:
         """For what is only interesting while it happens."""
-        return Console(stderr=True, highlight=False)
+        return _console(stderr=True)
 
     def note(self, text: str) -> None:
         """One line of progress, free of markup."""

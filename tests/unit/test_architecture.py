@@ -30,7 +30,7 @@ LIBRARIES = {
     "click": {"cli"},
     "rich": {"cli", "report"},
     "cffi": {"abi"},
-    "capstone": {"x86"},
+    "capstone": {"x86", "guest"},
     "ptrace": set(),
 }
 """Third-party libraries that belong to few rooms; numpy may be used everywhere."""
