@@ -20,7 +20,7 @@ from pykvm.errors import GuestCorruptionError
 from pykvm.guest.workloads import WorkloadGuest
 from pykvm.machine import DirtyPages, Gfns, Machine
 from pykvm.memory import PAGE_SIZE
-from pykvm.report.heat import bin_pages
+from pykvm.report.heat import bin_pages, bin_sizes
 from pykvm.report.terminal import heat_text
 from pykvm.report.text import bytes_text, count_text, plural, rate_text, seconds_text
 from pykvm.track import Tracker
@@ -99,9 +99,9 @@ class Watch:
         self.all_pages |= pages
         self.intervals.append(item)
         total = self._guest.memory.size // PAGE_SIZE
-        counts = bin_pages(memory_pages(self._guest.machine, pages), 0, total, columns)
+        counts = bin_pages(memory_pages(self._guest.machine, pages), total, columns)
         label = f"{item.at:6.2f} s {count_text(item.pages):>11} pages {rate_text(item.rate):>13}  "
-        return Text(label, no_wrap=True).append_text(heat_text(counts, total))
+        return Text(label, no_wrap=True).append_text(heat_text(counts, bin_sizes(total, columns)))
 
 
 def _document(guest: WorkloadGuest, tracker: Tracker, watch: Watch) -> dict[str, Any]:
@@ -165,7 +165,8 @@ def command(session: Session, workload: str, seconds: float, interval: float, **
     document = session.document
     pages, corruptions = document["pages_dirtied"], document["guest_corruptions"]
     session.out.print(
-        f"{count_text(pages)} of {count_text(document['pages_total'])} pages ({bytes_text(pages * PAGE_SIZE)}) "
+        f"{count_text(pages)} of {count_text(document['pages_total'])} pages "
+        f"({bytes_text(pages * PAGE_SIZE)}) "
         f"dirtied in {seconds_text(document['seconds'])}; the guest made "
         f"{count_text(document['guest_visits'])} visits and {count_text(document['guest_checks'])} checks "
         f"and found {plural(corruptions, 'corruption')}."

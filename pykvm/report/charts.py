@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from html import escape
 
-from pykvm.report.heat import bin_range, level
+from pykvm.report.heat import bin_sizes, bin_width, level
 from pykvm.report.migration import MigrationReport
 from pykvm.report.text import bytes_text, count_text, rate_text, seconds_text
 
@@ -118,6 +118,7 @@ def heat_map(report: MigrationReport) -> str:
     if not rows:
         return ""
     bins = len(rows[0].heat)
+    sizes, pages_in_bin = bin_sizes(report.pages_total, bins), bin_width(report.pages_total, bins)
     gap, row_height = 2.0, 18.0 if len(rows) <= 24 else 10.0
     width = (WIDTH - 12.0 - _LEFT) / bins
     height = len(rows) * (row_height + gap) + 28
@@ -137,13 +138,14 @@ def heat_map(report: MigrationReport) -> str:
         for index, count in enumerate(item.heat):
             if not count:
                 continue
-            first, last = bin_range(index, report.pages_total, bins)
+            first = index * pages_in_bin
+            last = first + sizes[index]
             title = (
                 f"round {item.number}, {first << 12:#x} to {last << 12:#x}: "
-                f"{count_text(count)} of {count_text(last - first)} pages"
+                f"{count_text(count)} of {count_text(sizes[index])} pages"
             )
             # A hair wider than the bin, so that neighbours leave no seam between them.
-            kind = f"h{level(count, last - first)}"
+            kind = f"h{level(count, sizes[index])}"
             parts.append(_rect(_LEFT + index * width, y, width + 0.3, row_height, kind, title))
     for gfn in report.wrong_gfns[:64]:
         x = _LEFT + (WIDTH - 12.0 - _LEFT) * gfn / report.pages_total

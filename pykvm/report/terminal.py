@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from pykvm.report.heat import bin_range, coarser, level
-from pykvm.report.migration import MigrationReport
+from pykvm.report.heat import bin_sizes, coarser, level
+from pykvm.report.migration import MigrationReport, Round
 from pykvm.report.text import bytes_text, count_text, plural, rate_text, seconds_text
 
 # One mark and one colour for each level; the marks alone tell the levels apart without colours.
@@ -15,14 +15,18 @@ HEAT_COLUMNS = 32
 _STYLES = ("dim", "blue", "cyan", "green", "yellow", "red", "bold red")
 
 
-def heat_text(counts: tuple[int, ...], pages: int) -> Text:
-    """A row of marks, one for each bin of ``pages`` pages in all: how full it is with dirty ones."""
+def heat_text(counts: tuple[int, ...], sizes: tuple[int, ...]) -> Text:
+    """A row of marks, one for each part of memory: how many of its pages (``sizes``) are in ``counts``."""
     text = Text(no_wrap=True)
-    for index, count in enumerate(counts):
-        first, last = bin_range(index, pages, len(counts))
-        at = level(count, last - first)
+    for count, size in zip(counts, sizes, strict=True):
+        at = level(count, size)
         text.append(_MARKS[at], style=_STYLES[at])
     return text
+
+
+def _heat(report: MigrationReport, item: Round) -> Text:
+    sizes = bin_sizes(report.pages_total, max(1, len(item.heat)))
+    return heat_text(coarser(item.heat, HEAT_COLUMNS), coarser(sizes, HEAT_COLUMNS)) if item.heat else Text()
 
 
 def rounds_table(report: MigrationReport) -> Table:
@@ -40,7 +44,7 @@ def rounds_table(report: MigrationReport) -> Table:
             seconds_text(item.seconds),
             rate_text(item.rate),
             "" if item.final else count_text(item.pages_dirtied),
-            Text() if item.final else heat_text(coarser(item.heat, HEAT_COLUMNS), report.pages_total),
+            Text() if item.final else _heat(report, item),
         )
     return table
 

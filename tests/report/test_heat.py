@@ -2,59 +2,45 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pykvm.report.heat import bin_pages, bin_range, coarser, level
+from pykvm.report.heat import bin_pages, bin_sizes, bin_width, coarser, level
 
 
-@given(
-    st.integers(0, 1 << 30),
-    st.integers(1, 5000),
-    st.integers(1, 200),
-    st.lists(st.integers(0, 6000), unique=True, max_size=300),
-)
-def test_each_page_is_counted_in_the_bin_whose_range_has_it(
-    first: int, pages: int, bins: int, offsets: list[int]
-) -> None:
-    gfns = np.array(sorted(first + offset for offset in offsets), dtype=np.uint64)
-    counts = bin_pages(gfns, first, pages, bins)
-    assert len(counts) == min(bins, pages)
-    for index, count in enumerate(counts):
-        low, high = bin_range(index, pages, len(counts))
-        assert count == sum(low <= offset < high for offset in offsets)
+@given(st.integers(1, 5000), st.integers(1, 200), st.lists(st.integers(0, 6000), unique=True, max_size=300))
+def test_each_page_is_counted_in_the_part_that_has_it(pages: int, bins: int, numbers: list[int]) -> None:
+    counts = bin_pages(np.array(sorted(numbers), dtype=np.uint64), pages, bins)
+    sizes = bin_sizes(pages, bins)
+    assert len(counts) == len(sizes) <= bins
+    start = 0
+    for count, size in zip(counts, sizes, strict=True):
+        assert count == sum(start <= number < start + size for number in numbers)
+        start += size
+    assert start == pages
 
 
-@given(st.integers(1, 5000), st.integers(1, 200))
-def test_the_ranges_of_all_bins_cover_every_page_once(pages: int, bins: int) -> None:
-    bins = min(bins, pages)
-    edges = [bin_range(index, pages, bins) for index in range(bins)]
-    assert edges[0][0] == 0
-    assert edges[-1][1] == pages
-    assert all(left[1] == right[0] for left, right in itertools.pairwise(edges))
-    assert all(low < high for low, high in edges)
+@given(st.integers(1, 1 << 30), st.integers(1, 300))
+def test_the_number_of_parts_says_how_wide_they_are(pages: int, bins: int) -> None:
+    """A reader who has only the counts finds the same parts."""
+    width = bin_width(pages, bins)
+    assert bin_width(pages, -(-pages // width)) == width
 
 
 def test_a_tebibyte_is_binned_without_overflow() -> None:
     pages = 1 << 28
-    counts = bin_pages(np.array([0, pages - 1], dtype=np.uint64), 0, pages, 128)
+    counts = bin_pages(np.array([0, pages - 1], dtype=np.uint64), pages, 128)
     assert counts[0] == counts[127] == 1
     assert sum(counts) == 2
 
 
-def test_pages_below_a_slot_are_not_wrapped_around() -> None:
-    gfns = np.array([3, 100, 205], dtype=np.uint64)
-    assert bin_pages(gfns, 100, 100, 2) == (1, 0)
-
-
-def test_coarser_bins_hold_the_same_pages() -> None:
-    gfns = np.arange(0, 1024, 3, dtype=np.uint64)
-    fine = bin_pages(gfns, 0, 1024, 128)
-    assert coarser(fine, 32) == bin_pages(gfns, 0, 1024, 32)
-    assert coarser((1, 2, 3), 2) == (1, 2, 3)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=300), st.integers(1, 64))
+def test_coarser_parts_hold_the_same_pages(counts: list[int], bins: int) -> None:
+    merged = coarser(tuple(counts), bins)
+    assert len(merged) <= bins
+    assert sum(merged) == sum(counts)
+    assert merged[0] == sum(counts[: -(-len(counts) // bins)])
 
 
 def test_levels_rise_with_the_share_of_dirty_pages() -> None:

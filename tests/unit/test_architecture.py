@@ -22,7 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "track": {"errors", "abi", "memory", "machine"},
     "migrate": {"errors", "abi", "memory", "machine", "guest", "track"},
     "report": {"machine"},
-    "backends": {"errors", "kvm", "model"},
+    "backends": {"errors", "machine", "kvm", "model"},
 }
 """Every room and the rooms below it; ``cli`` stands on top and may import all of them."""
 
