@@ -23,9 +23,9 @@ import numpy as np
 from pykvm.abi import ffi, lib
 from pykvm.abi.managed import Refusals
 from pykvm.errors import ClosedError, DirtyRingModeError, RingOrderError, RingOverflowError, RingSizeError
+from pykvm.kvm.capabilities import Switches
 from pykvm.kvm.slots import MemorySlot, VmMemory
-from pykvm.machine.dirty import Gfns
-from pykvm.machine.protocols import RingEntries, RingHarvest, Vcpu
+from pykvm.machine.protocols import RingEntries, RingHarvest, SlotFrames, Vcpu
 
 if TYPE_CHECKING:
     from pykvm.kvm.vcpu import KvmVcpu
@@ -91,13 +91,13 @@ class VcpuRing:
 
 
 class _Batch(NamedTuple):
-    """Entries and what the slots were when they were taken: id to (slot, generation, base gfn)."""
+    """Entries and what the slots were when they were taken: (slot, generation)."""
 
     entries: RingEntries
-    slots: dict[int, tuple[MemorySlot, int]]
+    slots: list[tuple[MemorySlot, int]]
 
 
-class VmRings(VmMemory):
+class VmRings(VmMemory, Switches):
     """The part of a VM that deals with dirty rings."""
 
     def __init__(self, fd: int) -> None:
@@ -142,14 +142,6 @@ class VmRings(VmMemory):
     def _has_acq_rel(self) -> bool:
         return self.ioctl_int(lib.KVM_CHECK_EXTENSION, _CAP_RING_ACQ_REL, "KVM_CHECK_EXTENSION") > 0
 
-    def enable_cap(self, cap: int, *args: int, refusals: Refusals | None = None) -> None:
-        """KVM_ENABLE_CAP on the VM (api.rst 4.37) with up to four arguments."""
-        request = ffi.new("struct kvm_enable_cap *")
-        request.cap = int(cap)
-        for i, value in enumerate(args):
-            request.args[i] = value
-        self.ioctl(lib.KVM_ENABLE_CAP, request, f"KVM_ENABLE_CAP({int(cap)})", refusals)
-
     def reset_dirty_rings(self) -> int:
         """KVM_RESET_DIRTY_RINGS (api.rst 4.126) once, as it is: the number of entries reset.
 
@@ -164,7 +156,7 @@ class VmRings(VmMemory):
         return self.ioctl_int(lib.KVM_RESET_DIRTY_RINGS, 0, "KVM_RESET_DIRTY_RINGS", refusals)
 
     def collect_rings(self, vcpus: Iterable[Vcpu] | None = None) -> RingHarvest:
-        """Harvest, reset, resolve; see pykvm.machine.Machine.collect_rings.
+        """Harvest and reset; see pykvm.machine.Machine.collect_rings.
 
         May be called from any thread while vCPUs run.  Raises DirtyRingModeError, RingOverflowError,
         ClosedError.
@@ -186,7 +178,7 @@ class VmRings(VmMemory):
             raise ClosedError("The VM is closed; create a new one.")
 
     def _harvest(self, wanted: set[int] | None) -> None:
-        slots: dict[int, tuple[MemorySlot, int]] | None = None
+        slots: list[tuple[MemorySlot, int]] | None = None
         for vcpu in self._ring_vcpus():
             ring = vcpu.ring
             if ring is None or (wanted is not None and vcpu.id not in wanted):
@@ -195,7 +187,7 @@ class VmRings(VmMemory):
                 entries = ring.harvest(vcpu.id)
                 if entries is not None:
                     if slots is None:
-                        slots = {slot.id: (slot, slot.generation) for slot in list(self._slots.values())}
+                        slots = [(slot, slot.generation) for slot in list(self._slots.values())]
                     self._batches.append(_Batch(entries, slots))
                     self._unreset += len(entries.slots)
             if ring.overflowed:
@@ -234,24 +226,19 @@ class VmRings(VmMemory):
             with self._ring_lock:
                 self._harvest(None)
 
-    def _resolve(self, batches: list[_Batch]) -> RingHarvest:
-        """Slot offsets to gfns; entries of slots that went or moved since they were taken are stale."""
-        marks: dict[int, list[Gfns]] = {}
-        stale = 0
-        for entries, slots in batches:
-            ids = entries.slots
-            first = int(ids[0])
-            same = bool((ids == first).all())
-            for slot_id in (first,) if same else np.unique(ids).tolist():
-                offsets = entries.offsets if same else entries.offsets[ids == slot_id]
-                slot, generation = slots.get(slot_id, (None, 0))
-                if slot is None or not slot.alive or slot.generation != generation:
-                    stale += len(offsets)
-                    continue
-                if int(offsets.max()) >= slot.npages:
-                    inside = offsets < slot.npages
-                    stale += int(len(offsets) - inside.sum())
-                    offsets = offsets[inside]
-                if len(offsets):
-                    marks.setdefault(slot_id, []).append(offsets + np.uint64(slot.base_gfn))
-        return RingHarvest([batch.entries for batch in batches], marks, stale)
+    @staticmethod
+    def _resolve(batches: list[_Batch]) -> RingHarvest:
+        """What the offsets mean now: slots that went or moved since their entries were taken are left out."""
+        return RingHarvest(
+            [
+                (
+                    entries,
+                    {
+                        slot.id: SlotFrames(slot.base_gfn, slot.npages)
+                        for slot, generation in slots
+                        if slot.alive and slot.generation == generation
+                    },
+                )
+                for entries, slots in batches
+            ]
+        )

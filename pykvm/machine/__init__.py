@@ -19,7 +19,16 @@ from pykvm.machine.exits import (
     SystemEvent,
     UnknownExit,
 )
-from pykvm.machine.protocols import Machine, RingEntries, RingHarvest, Slot, SlotFlags, System, Vcpu
+from pykvm.machine.protocols import (
+    Machine,
+    RingEntries,
+    RingHarvest,
+    Slot,
+    SlotFlags,
+    SlotFrames,
+    System,
+    Vcpu,
+)
 from pykvm.machine.statistics import Statistic, Statistics, StatisticType, StatisticUnit
 from pykvm.x86.registers import DescriptorTable, Registers, Segment, SpecialRegisters
 
@@ -48,6 +57,7 @@ __all__ = [
     "Shutdown",
     "Slot",
     "SlotFlags",
+    "SlotFrames",
     "SpecialRegisters",
     "Statistic",
     "StatisticType",

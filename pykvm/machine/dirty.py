@@ -18,6 +18,28 @@ _EMPTY: Final[Gfns] = np.empty(0, dtype=np.uint64)
 _EMPTY.setflags(write=False)
 
 
+_SPARSE: Final = 32
+"""Pages of span per mark from which on sorting is cheaper than marking and scanning."""
+
+
+def distinct(gfns: Gfns) -> Gfns:
+    """The same pages ascending and without repeats, as a new array.
+
+    Marks lie close together as a rule, and then a map of the span between them beats sorting tenfold.
+    """
+    if not len(gfns):
+        return gfns.copy()
+    first = gfns.min()
+    span = int(gfns.max() - first) + 1
+    if span > _SPARSE * len(gfns):
+        return np.unique(gfns)
+    marked = np.zeros(span, dtype=np.bool_)
+    marked[(gfns - first).view(np.int64)] = True
+    pages = np.flatnonzero(marked).view(np.uint64)
+    pages += first
+    return pages
+
+
 def _frozen(gfns: Gfns) -> Gfns:
     gfns.setflags(write=False)
     return gfns
@@ -46,7 +68,7 @@ class DirtyPages:
         by_slot: dict[int, list[int]] = {}
         for slot, gfn in pairs:
             by_slot.setdefault(slot, []).append(gfn)
-        return cls({slot: np.unique(np.array(gfns, dtype=np.uint64)) for slot, gfns in by_slot.items()})
+        return cls({slot: distinct(np.array(gfns, dtype=np.uint64)) for slot, gfns in by_slot.items()})
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -91,7 +113,10 @@ class DirtyPages:
         if not other:
             return self
         return DirtyPages(
-            {slot: np.union1d(self.gfns(slot), other.gfns(slot)) for slot in {*self.slots, *other.slots}}
+            {
+                slot: distinct(np.concatenate((self.gfns(slot), other.gfns(slot))))
+                for slot in {*self.slots, *other.slots}
+            }
         )
 
     def __and__(self, other: DirtyPages) -> DirtyPages:
