@@ -19,6 +19,12 @@ _ADDRESSES = 1 << 52
 """Guest-physical addresses end here (SDM vol. 3, 4.1.4)."""
 
 
+def reason_of(error: BaseException) -> str:
+    """An error's message as one line that fits a frame."""
+    text = str(error) or type(error).__name__
+    return "".join(c if c.isprintable() else " " for c in text)[:REASON_LIMIT]
+
+
 class Fields:
     """Takes the members of a JSON object one by one, each checked; ``done`` refuses what is left over."""
 
@@ -56,8 +62,8 @@ class Fields:
 
     def text(self, name: str, limit: int = REASON_LIMIT) -> str:
         value = self._take(name)
-        if type(value) is not str or len(value) > limit:
-            raise self._bad(name, f"text of at most {limit} characters")
+        if type(value) is not str or len(value) > limit or not value.isprintable():
+            raise self._bad(name, f"printable text of at most {limit} characters")
         return value
 
     def digest(self, name: str) -> str:
@@ -172,18 +178,6 @@ class Accept(Message):
     @classmethod
     def _read(cls, fields: Fields) -> Accept:
         return cls(fields.text("backend", 32))
-
-
-@dataclass(frozen=True)
-class Refuse(Message):
-    """The destination will not or cannot; ``reason`` is a sentence."""
-
-    frame = FrameType.REFUSE
-    reason: str
-
-    @classmethod
-    def _read(cls, fields: Fields) -> Refuse:
-        return cls(fields.text("reason"))
 
 
 @dataclass(frozen=True)
@@ -326,11 +320,16 @@ class Running(Message):
 
 @dataclass(frozen=True)
 class Corruption:
-    """A page that the guest found changed: where, what it had written, what it read."""
+    """A word that the guest found changed at ``gpa``: what it had written, what it read.
+
+    ``page`` is the address of the page that most probably did not survive, and ``cause`` says why.
+    """
 
     gpa: int
     expected: int
     found: int
+    page: int
+    cause: str
 
     @classmethod
     def read(cls, value: object) -> Corruption:
@@ -340,6 +339,8 @@ class Corruption:
             fields.integer("gpa", 0, word),
             fields.integer("expected", 0, word),
             fields.integer("found", 0, word),
+            fields.integer("page", 0, word),
+            fields.text("cause"),
         )
         fields.done()
         return corruption
@@ -372,7 +373,7 @@ class Report(Message):
 
 @dataclass(frozen=True)
 class Failed(Message):
-    """The destination gave up; ``started``: the guest may have run there."""
+    """The destination refused or gave up; ``started``: the guest may have run there."""
 
     frame = FrameType.FAILED
     reason: str

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 
 from pykvm.abi import ffi, lib
-from pykvm.errors import HostError, UsageError, WireError
+from pykvm.errors import HostError, MigrationError, UsageError, WireError
 from pykvm.machine import DirtyPages, Slot
 from pykvm.memory import PAGE_SIZE, GuestMemory
 from pykvm.migrate import wire
@@ -30,7 +30,11 @@ class SlotMap:
 
     def pages_of(self, slot_id: int, gfns: Pages) -> Pages:
         """The memory's pages behind the gfns of one slot."""
-        slot = self._slots[slot_id]
+        slot = self._slots.get(slot_id)
+        if slot is None or not slot.alive:
+            raise MigrationError(
+                f"Memslot {slot_id} came or went during the migration; keep them as they are."
+            )
         return gfns - np.uint64(slot.gpa // PAGE_SIZE) + np.uint64(slot.memory_offset // PAGE_SIZE)
 
     def gfn(self, page: int) -> int | None:
@@ -72,7 +76,8 @@ class PageSender:
     def __init__(self, memory: GuestMemory, channel: Channel) -> None:
         self._memory = memory.pointer()
         self._channel = channel
-        self._contents = np.empty(FRAME_PAGES * PAGE_SIZE, dtype=np.uint8)
+        self._contents = bytearray(FRAME_PAGES * PAGE_SIZE)
+        self._body = memoryview(self._contents)
         self._zero = np.empty(FRAME_PAGES, dtype=np.uint8)
         self._stored = ffi.new("size_t *")
         self.last_sent: dict[int, int] | None = None
@@ -98,7 +103,7 @@ class PageSender:
         stored = int(self._stored[0])
         is_zero = self._zero[: len(pages)].astype(bool)
         full = pages if stored == len(pages) else pages[~is_zero]
-        body = memoryview(self._contents)[: stored * PAGE_SIZE]
+        body = self._body[: stored * PAGE_SIZE]
         if stored:
             self._channel.send(FrameType.PAGES, wire.pack_runs(full), body, body_checksum=checksum)
         if self.last_sent is not None:

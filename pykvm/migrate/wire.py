@@ -39,24 +39,23 @@ class FrameType(IntEnum):
 
     HELLO = 1  # S: the machine
     ACCEPT = 2  # D
-    REFUSE = 3  # D: reason
-    ROUND = 4  # S: a round begins
-    PAGES = 5  # S: runs of pages and their contents
-    ZEROS = 6  # S: runs of pages that have become zero
-    ROUND_END = 7  # S: how many pages the round had
-    ROUND_DONE = 8  # D: all of them arrived
-    DIGESTS = 9  # S: digests of the pages of a range that are not zero
-    DIGESTS_END = 10  # S: the digest over all of them
-    VERIFIED = 11  # D: every page agrees
-    MISMATCH = 12  # D: these do not
-    MACHINE_STATE = 13  # S
-    VCPU_STATE = 14  # S
-    READY = 15  # D: all state is loaded; nothing runs
-    HANDOVER = 16  # S: the guest is yours
-    RUNNING = 17  # D: and it runs
-    REPORT = 18  # D: what the guest's own checks found
-    FAILED = 19  # D: gave up, and whether the guest had been started
-    ABORT = 20  # S: gave up before the hand-over
+    ROUND = 3  # S: a round begins
+    PAGES = 4  # S: runs of pages and their contents
+    ZEROS = 5  # S: runs of pages that have become zero
+    ROUND_END = 6  # S: how many pages the round had
+    ROUND_DONE = 7  # D: all of them arrived
+    DIGESTS = 8  # S: digests of the pages of a range that are not zero
+    DIGESTS_END = 9  # S: the digest over all of them
+    VERIFIED = 10  # D: every page agrees
+    MISMATCH = 11  # D: these do not
+    MACHINE_STATE = 12  # S
+    VCPU_STATE = 13  # S
+    READY = 14  # D: all state is loaded; nothing runs
+    HANDOVER = 15  # S: the guest is yours
+    RUNNING = 16  # D: and it runs
+    REPORT = 17  # D: what the guest's own checks found
+    FAILED = 18  # D: gave up, and whether the guest had been started
+    ABORT = 19  # S: gave up before the hand-over
 
 
 class Limits(NamedTuple):
