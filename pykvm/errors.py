@@ -141,6 +141,25 @@ class RingOverflowError(PykvmError):
     exit_status = 9
 
 
+class MsrError(PykvmError):
+    """KVM refused to read or write a model-specific register; ``index`` says which."""
+
+    exit_status = 6
+
+    def __init__(self, index: int, operation: str, advice: str) -> None:
+        super().__init__(f"{operation} stopped at MSR {index:#x}: {advice}")
+        self.index = index
+        self.operation = operation
+
+
+class PendingExitError(PykvmError):
+    """Completing an instruction's I/O led to another exit, which must be answered first: ``exit``."""
+
+    def __init__(self, message: str, exit: object) -> None:
+        super().__init__(message)
+        self.exit = exit
+
+
 class EmulationError(PykvmError):
     """KVM stopped with KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_FAIL_ENTRY or an exit nobody handles."""
 

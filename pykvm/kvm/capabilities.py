@@ -7,10 +7,13 @@ them against whatever header is installed.  Sections in comments are those of th
 
 from __future__ import annotations
 
+import errno
 from enum import IntEnum
-from typing import Protocol
 
-from pykvm.errors import CapabilityError
+from pykvm.abi import ffi, lib
+from pykvm.abi.managed import Managed, Refusals
+from pykvm.errors import CapabilityError, KvmError
+from pykvm.kvm.fields import fill
 
 
 class Capability(IntEnum):
@@ -262,12 +265,6 @@ class Capability(IntEnum):
     S390_HPAGE_2G = 249
 
 
-class Extensible(Protocol):
-    """Whoever answers KVM_CHECK_EXTENSION (api.rst 4.4): the system, or a VM for itself."""
-
-    def check_extension(self, capability: int) -> int: ...
-
-
 def name_of(capability: int) -> str:
     """``KVM_CAP_…``, or the number where it has no name here."""
     try:
@@ -276,12 +273,39 @@ def name_of(capability: int) -> str:
         return f"KVM capability {capability}"
 
 
-def require(host: Extensible, capability: int, purpose: str) -> int:
-    """The capability's value.  Raises CapabilityError where the host lacks it: ``purpose`` says who asks."""
-    value = host.check_extension(capability)
-    if not value:
-        raise CapabilityError(
-            f"{purpose} needs {name_of(capability)}, which this host does not offer; use a newer kernel or "
-            "another host ('pykvm info' lists what this one has)."
-        )
-    return value
+class Extensions(Managed):
+    """Whoever answers KVM_CHECK_EXTENSION: the system, or a VM for itself (KVM_CAP_CHECK_EXTENSION_VM)."""
+
+    def check_extension(self, capability: int) -> int:
+        """KVM_CHECK_EXTENSION (api.rst 4.4) of a Capability or a number: 0 where it lacks, else its value.
+
+        A VM says what it can do, which may be less or more than what /dev/kvm says.
+        """
+        return self.ioctl_int(lib.KVM_CHECK_EXTENSION, int(capability), "KVM_CHECK_EXTENSION")
+
+    def require(self, capability: int, purpose: str) -> int:
+        """The capability's value.  Raises CapabilityError where it lacks; ``purpose`` says who needs it."""
+        value = self.check_extension(capability)
+        if not value:
+            raise CapabilityError(
+                f"{purpose} needs {name_of(capability)}, which this host does not offer; use a newer kernel "
+                "or another host ('pykvm info' lists what this one has)."
+            )
+        return value
+
+
+class Switches(Managed):
+    """A VM (KVM_CAP_ENABLE_CAP_VM) or vCPU (KVM_CAP_ENABLE_CAP) with capabilities that can be switched."""
+
+    def enable_cap(self, cap: int, *args: int, refusals: Refusals | None = None) -> None:
+        """KVM_ENABLE_CAP (api.rst 4.37, sections 6 and 7 for the meaning of up to four arguments).
+
+        Raises UsageError for arguments out of range, KvmError: EINVAL for a capability that does not exist,
+        cannot be switched here, or not any more.
+        """
+        request = ffi.new("struct kvm_enable_cap *")
+        fill(request, cap=int(cap), args=args)
+        default: Refusals = {
+            errno.EINVAL: (KvmError, "it cannot be switched on this object, or not at this point, or not so.")
+        }
+        self.ioctl(lib.KVM_ENABLE_CAP, request, f"KVM_ENABLE_CAP({name_of(cap)})", refusals or default)

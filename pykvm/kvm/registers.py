@@ -1,4 +1,4 @@
-"""KVM_GET/SET_REGS and KVM_GET/SET_SREGS (api.rst 4.11 to 4.14)."""
+"""General and special registers (api.rst 4.11 to 4.14, 4.131, 4.132)."""
 
 from __future__ import annotations
 
@@ -63,6 +63,48 @@ def read_special(sregs: CData) -> SpecialRegisters:
     return value
 
 
+def fill_general(regs: CData, value: Registers) -> None:
+    """Write a kvm_regs.  Raises UsageError for a value that does not fit 64 bits."""
+    values = [getattr(value, name) for name in _NAMES]
+    try:
+        ffi.buffer(regs)[:] = _REGS.pack(*values)
+    except struct.error:
+        bad = next(n for n, v in zip(_NAMES, values, strict=True) if not 0 <= v < 1 << 64)
+        raise UsageError(f"Register {bad} must be an unsigned 64-bit number.") from None
+
+
+def read_general(regs: CData) -> Registers:
+    """Read a kvm_regs."""
+    return Registers(*_REGS.unpack(ffi.buffer(regs)))
+
+
+def fill_sregs(sregs: CData, value: SpecialRegisters) -> None:
+    """Write a kvm_sregs, which has no ``pdptrs``.  Raises UsageError for values out of range."""
+    _fill_checked(sregs, value)
+    sregs.interrupt_bitmap = (0, 0, 0, 0)
+    vector = value.interrupt
+    if vector is not None:
+        if not 0 <= vector < 256:
+            raise UsageError(f"Interrupt vector {vector} is not in 0 to 255.")
+        sregs.interrupt_bitmap[vector // 64] = 1 << vector % 64
+
+
+def read_sregs(sregs: CData) -> SpecialRegisters:
+    """Read a kvm_sregs."""
+    value = read_special(sregs)
+    for i, word in enumerate(sregs.interrupt_bitmap):
+        if word:
+            value.interrupt = i * 64 + word.bit_length() - 1
+    return value
+
+
+def _fill_checked(sregs: CData, value: SpecialRegisters) -> None:
+    try:
+        fill_special(sregs, value)
+    except OverflowError as error:
+        raise UsageError(f"A special register is out of its range: {error}.") from None
+
+
 class VcpuRegisters(Managed):
     """General and special registers of a vCPU.  All methods raise ClosedError, BusyError, KvmError."""
 
@@ -70,38 +112,48 @@ class VcpuRegisters(Managed):
         """KVM_GET_REGS (api.rst 4.11)."""
         regs = ffi.new("struct kvm_regs *")
         self.ioctl(lib.KVM_GET_REGS, regs, "KVM_GET_REGS")
-        return Registers(*_REGS.unpack(ffi.buffer(regs)))
+        return read_general(regs)
 
     def set_registers(self, registers: Registers) -> None:
         """KVM_SET_REGS (api.rst 4.12).  Raises UsageError for a value that does not fit 64 bits."""
         regs = ffi.new("struct kvm_regs *")
-        values = [getattr(registers, name) for name in _NAMES]
-        try:
-            ffi.buffer(regs)[:] = _REGS.pack(*values)
-        except struct.error:
-            bad = next(n for n, v in zip(_NAMES, values, strict=True) if not 0 <= v < 1 << 64)
-            raise UsageError(f"Register {bad} must be an unsigned 64-bit number.") from None
+        fill_general(regs, registers)
         self.ioctl(lib.KVM_SET_REGS, regs, "KVM_SET_REGS")
 
     def get_special_registers(self) -> SpecialRegisters:
         """KVM_GET_SREGS (api.rst 4.13); ``pdptrs`` stays None, it needs KVM_GET_SREGS2."""
         sregs = ffi.new("struct kvm_sregs *")
         self.ioctl(lib.KVM_GET_SREGS, sregs, "KVM_GET_SREGS")
-        value = read_special(sregs)
-        for i, word in enumerate(sregs.interrupt_bitmap):
-            if word:
-                value.interrupt = i * 64 + word.bit_length() - 1
-        return value
+        return read_sregs(sregs)
 
     def set_special_registers(self, registers: SpecialRegisters) -> None:
         """KVM_SET_SREGS (api.rst 4.14); ``pdptrs`` is ignored.  Raises UsageError for values out of range."""
         sregs = ffi.new("struct kvm_sregs *")
-        try:
-            fill_special(sregs, registers)
-        except OverflowError as error:
-            raise UsageError(f"A special register is out of its range: {error}.") from None
-        if registers.interrupt is not None:
-            if not 0 <= registers.interrupt < 256:
-                raise UsageError(f"Interrupt vector {registers.interrupt} is not in 0 to 255.")
-            sregs.interrupt_bitmap[registers.interrupt // 64] = 1 << registers.interrupt % 64
+        fill_sregs(sregs, registers)
         self.ioctl(lib.KVM_SET_SREGS, sregs, "KVM_SET_SREGS", _SREGS_REFUSALS)
+
+    def get_special_registers2(self) -> SpecialRegisters:
+        """KVM_GET_SREGS2 (api.rst 4.131, KVM_CAP_SREGS2): has ``pdptrs`` in PAE mode, no ``interrupt``."""
+        sregs = ffi.new("struct kvm_sregs2 *")
+        self.ioctl(lib.KVM_GET_SREGS2, sregs, "KVM_GET_SREGS2")
+        value = read_special(sregs)
+        if sregs.flags & lib.KVM_SREGS2_FLAGS_PDPTRS_VALID:
+            first, second, third, fourth = sregs.pdptrs
+            value.pdptrs = (first, second, third, fourth)
+        return value
+
+    def set_special_registers2(self, registers: SpecialRegisters) -> None:
+        """KVM_SET_SREGS2 (api.rst 4.132, KVM_CAP_SREGS2): PAE's page-directory pointers are set from
+        ``pdptrs`` instead of being read from guest memory; ``interrupt`` is ignored.
+
+        Raises UsageError for values out of range, KvmError (EINVAL) for pdptrs outside PAE mode.
+        """
+        sregs = ffi.new("struct kvm_sregs2 *")
+        _fill_checked(sregs, registers)
+        if registers.pdptrs is not None:
+            sregs.flags = lib.KVM_SREGS2_FLAGS_PDPTRS_VALID
+            try:
+                sregs.pdptrs = registers.pdptrs
+            except (OverflowError, IndexError):
+                raise UsageError("pdptrs are four unsigned 64-bit numbers.") from None
+        self.ioctl(lib.KVM_SET_SREGS2, sregs, "KVM_SET_SREGS2", _SREGS_REFUSALS)

@@ -8,8 +8,10 @@ from functools import cached_property
 from typing import Self
 
 from pykvm.abi import lib
-from pykvm.abi.managed import Managed, Refusals
+from pykvm.abi.managed import Refusals
 from pykvm.errors import DeviceMissingError, DevicePermissionError, HostError, KvmError
+from pykvm.kvm.cpuid import SystemCpuid
+from pykvm.kvm.msrs import SystemMsrs
 from pykvm.kvm.vm import KvmVm
 
 _NEW_VM: Refusals = {
@@ -19,7 +21,7 @@ _NEW_VM: Refusals = {
 }
 
 
-class KvmSystem(Managed):
+class KvmSystem(SystemCpuid, SystemMsrs):
     """The system file descriptor: capabilities of the host, and the source of VMs.
 
     Raises DeviceMissingError, DevicePermissionError, or HostError where the API is not version 12.
@@ -62,10 +64,6 @@ class KvmSystem(Managed):
     def api_version(self) -> int:
         """KVM_GET_API_VERSION (api.rst 4.1); always 12."""
         return self.ioctl_int(lib.KVM_GET_API_VERSION, 0, "KVM_GET_API_VERSION")
-
-    def check_extension(self, capability: int) -> int:
-        """KVM_CHECK_EXTENSION (api.rst 4.4): 0 where the host lacks the capability, else its value."""
-        return self.ioctl_int(lib.KVM_CHECK_EXTENSION, int(capability), "KVM_CHECK_EXTENSION")
 
     @cached_property
     def vcpu_mmap_size(self) -> int:

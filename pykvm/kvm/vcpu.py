@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING
 
 from pykvm.abi import ffi, lib
 from pykvm.errors import GuestTimeoutError, UsageError
+from pykvm.kvm.capabilities import Switches
+from pykvm.kvm.debug import VcpuDebug
 from pykvm.kvm.exits import decode
-from pykvm.kvm.registers import VcpuRegisters
+from pykvm.kvm.ioevents import VcpuCoalesced
 from pykvm.kvm.rings import VcpuRing
+from pykvm.kvm.snapshot import VcpuSnapshot
+from pykvm.kvm.statistics import VcpuStatistics
+from pykvm.kvm.sync import VcpuSync
 from pykvm.machine.exits import Exit, IoIn, IoOut, Kicked, MmioRead
 
 if TYPE_CHECKING:
@@ -25,7 +30,7 @@ _INTERRUPTED = lib.PYKVM_RUN_INTERRUPTED
 _POLL_SECONDS = 20e-6
 
 
-class KvmVcpu(VcpuRegisters):
+class KvmVcpu(VcpuSnapshot, VcpuCoalesced, VcpuDebug, VcpuSync, VcpuStatistics, Switches):
     """A vCPU of a real VM; see pykvm.machine.Vcpu.
 
     SAFETY: the kvm_run page belongs to a Python mmap object that ``_page`` keeps alive.  Closing drops the
@@ -48,6 +53,7 @@ class KvmVcpu(VcpuRegisters):
             self._page = ffi.from_buffer("struct pykvm_run_page *", mapping)
             if ring_entries:
                 self.ring = VcpuRing(fd, ring_entries)
+            self.prepare_statistics()
         except BaseException:
             self.close()
             raise
@@ -162,6 +168,14 @@ class KvmVcpu(VcpuRegisters):
         """Port accesses that were answered without Python, since nobody listens there."""
         return int(self._state.swallowed)
 
+    def take_ring_full(self) -> bool:
+        """Whether the last exit was DirtyRingFull; true once for each of them."""
+        page = self._page
+        if page is None or page.exit_reason != lib.KVM_EXIT_DIRTY_RING_FULL:
+            return False
+        page.exit_reason = lib.KVM_EXIT_UNKNOWN
+        return True
+
     def request_interrupt_window(self, wanted: bool = True) -> None:
         """Make ``run`` return InterruptWindow as soon as the guest can take an interrupt."""
         page = self._page
@@ -179,5 +193,6 @@ class KvmVcpu(VcpuRegisters):
             lib.pykvm_vcpu_kick(self._state, page)
         self._page = None
         self._mapping = None
+        self.close_statistics()
         if self.ring is not None:
             self.ring.close()

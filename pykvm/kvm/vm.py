@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING
 from pykvm.abi import lib
 from pykvm.abi.managed import Refusals
 from pykvm.errors import CapabilityError, KvmError, UsageError
+from pykvm.kvm.capabilities import Capability
+from pykvm.kvm.cpuid import VmCpuid
+from pykvm.kvm.ioevents import VmIoEvents
 from pykvm.kvm.rings import VmRings
+from pykvm.kvm.snapshot import VmSnapshot
+from pykvm.kvm.statistics import Measured
+from pykvm.kvm.tuning import VmTuning
 from pykvm.kvm.vcpu import KvmVcpu
 
 if TYPE_CHECKING:
     from pykvm.kvm.system import KvmSystem
 
-_CAP_MANUAL_PROTECT = 168
 
-
-class KvmVm(VmRings):
+class KvmVm(VmRings, VmSnapshot, VmIoEvents, VmTuning, VmCpuid, Measured):
     """A VM of the real KVM; see pykvm.machine.Machine.  Closing it closes its vCPUs first."""
 
     backend = "kvm"
@@ -41,10 +45,6 @@ class KvmVm(VmRings):
 
     def _ring_vcpus(self) -> Sequence[KvmVcpu]:
         return self._vcpus
-
-    def check_extension(self, capability: int) -> int:
-        """KVM_CHECK_EXTENSION on the VM (api.rst 4.4): what this VM, not only the host, can do."""
-        return self.ioctl_int(lib.KVM_CHECK_EXTENSION, int(capability), "KVM_CHECK_EXTENSION")
 
     def create_vcpu(self, vcpu_id: int | None = None) -> KvmVcpu:
         """KVM_CREATE_VCPU (api.rst 4.7); the id (APIC id) defaults to the number of vCPUs so far.
@@ -73,14 +73,14 @@ class KvmVm(VmRings):
         flags = lib.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
         if initially_set:
             flags |= lib.KVM_DIRTY_LOG_INITIALLY_SET
-        offered = self.check_extension(_CAP_MANUAL_PROTECT)
+        offered = self.check_extension(Capability.MANUAL_DIRTY_LOG_PROTECT2)
         if offered & flags != flags:
             raise CapabilityError(
                 "This kernel lacks KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2"
                 + (" with INITIALLY_SET" if initially_set and offered else "")
                 + "; use the bitmap tracker."
             )
-        self.enable_cap(_CAP_MANUAL_PROTECT, flags)
+        self.enable_cap(Capability.MANUAL_DIRTY_LOG_PROTECT2, flags)
 
     def close(self) -> None:
         """Close the vCPUs (kicking those that run), then the VM; its slots let their memory go."""
@@ -91,6 +91,7 @@ class KvmVm(VmRings):
         deadline = time.monotonic() + 5
         while any(vcpu.running for vcpu in vcpus) and time.monotonic() < deadline:
             time.sleep(20e-6)
+        self.close_statistics()
         super().close()
         with self._slots_lock:
             for slot in self._slots.values():
