@@ -18,7 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "guests"
 IMAGES = ROOT / "pykvm" / "guest" / "images"
 STAMP = "stamp"
-LOAD_ADDRESS = 0x8000
+
+# Word size for as, then options for ld: flat binaries in conventional memory, but for the exceptions.
+FLAT = ("64", "-melf_x86_64", "--oformat=binary", "-Ttext=0x8000")
+FORMATS = {
+    "rom": ("64", "-melf_x86_64", "--oformat=binary", "-Ttext=0xf000"),
+    "multiboot": ("32", "-melf_i386", "-Ttext=0x100000"),
+}
 
 
 class BuildError(Exception):
@@ -67,33 +73,26 @@ def up_to_date() -> bool:
     return file.exists() and file.read_text() == stamp()
 
 
-def build(source: Path, target: Path, assembler: str, linker: str) -> None:
+def build(source: Path, assembler: str, linker: str) -> bytes:
+    word, *layout = FORMATS.get(source.stem, FLAT)
     with tempfile.TemporaryDirectory() as folder:
-        part = Path(folder) / "guest.o"
-        run(assembler, "--64", "--fatal-warnings", f"-I{SOURCES}", "-o", part, source)
-        address = load_address(source)
-        run(
-            *(linker, "-m", "elf_x86_64", "-N", "--build-id=none", "--oformat=binary"),
-            *(f"-Ttext={address:#x}", "-e", "entry", "-o", Path(folder) / "guest.bin", part),
-        )
-        target.write_bytes((Path(folder) / "guest.bin").read_bytes())
-
-
-def load_address(source: Path) -> int:
-    """ROM sources are linked for the 64 KiB segment below 4 GiB, all others for conventional memory."""
-    return 0 if source.stem == "rom" else LOAD_ADDRESS
+        part, whole = Path(folder) / "guest.o", Path(folder) / "guest"
+        run(assembler, f"--{word}", "--fatal-warnings", f"-I{SOURCES}", "-o", part, source)
+        run(linker, "-N", "--build-id=none", "--strip-all", "-e", "entry", *layout, "-o", whole, part)
+        return whole.read_bytes()
 
 
 def build_all() -> int:
     assembler, linker = tool("as"), tool("ld")
+    sources = sorted(SOURCES.glob("*.S"))
+    files = {f"{source.stem}.bin": build(source, assembler, linker) for source in sources}
+    files |= {text.name: text.read_bytes() for text in [*sources, *sorted(SOURCES.glob("*.inc"))]}
     IMAGES.mkdir(parents=True, exist_ok=True)
     for old in IMAGES.iterdir():
-        old.unlink()
-    sources = sorted(SOURCES.glob("*.S"))
-    for source in sources:
-        build(source, IMAGES / f"{source.stem}.bin", assembler, linker)
-    for text in sorted([*sources, *SOURCES.glob("*.inc")]):
-        (IMAGES / text.name).write_bytes(text.read_bytes())
+        if old.name not in files:
+            old.unlink()
+    for name, content in files.items():
+        (IMAGES / name).write_bytes(content)
     (IMAGES / STAMP).write_text(stamp())
     return len(sources)
 

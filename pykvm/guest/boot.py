@@ -179,7 +179,7 @@ class BootState:
 
 
 def real_mode(entry: int, *, stack: int = 0x7C00, segment: int | None = None) -> BootState:
-    """Real mode at linear address ``entry`` (below 1 MiB) with CS = ``segment`` (by default entry >> 4 & 0xf000)."""
+    """Real mode at linear address ``entry`` below 1 MiB; CS is ``segment``, by default that of its 64 KiB."""
     base = (entry >> 4 & 0xF000 if segment is None else segment) << 4
     if not 0 <= entry - base <= 0xFFFF or not 0 <= stack <= 0xFFFF:
         raise UsageError(f"Real mode cannot start at {entry:#x} with CS base {base:#x} and SP {stack:#x}.")

@@ -20,7 +20,9 @@ _BITS: Final = {
     Kind.PROTECTED32: capstone.CS_MODE_32,
     Kind.PAGED32: capstone.CS_MODE_32,
     Kind.PAE: capstone.CS_MODE_32,
+    Kind.MULTIBOOT: capstone.CS_MODE_32,
 }
+_LOAD_ADDRESSES: Final = {Kind.ROM: 0xFFFFF000, Kind.MULTIBOOT: 0x100000}
 _MODES: Final = {
     Kind.WORKLOAD: "long mode, CPL 0 or 3",
     Kind.REAL: "real mode",
@@ -30,13 +32,14 @@ _MODES: Final = {
     Kind.PAE: "32-bit protected mode with PAE paging",
     Kind.LONG: "long mode",
     Kind.LA57: "long mode with 5-level paging",
-    Kind.ROM: "from the reset vector, real mode",
+    Kind.ROM: "real mode, from the reset vector",
+    Kind.MULTIBOOT: "32-bit protected mode, multiboot",
 }
 
 
 @dataclass(frozen=True)
 class CatalogGuest:
-    """One guest: its header and its image, to be loaded at ``load_address`` (linear)."""
+    """One guest: its header and its image (ELF for a multiboot kernel, else flat)."""
 
     header: GuestHeader
     image: bytes
@@ -57,7 +60,8 @@ class CatalogGuest:
 
     @property
     def load_address(self) -> int:
-        return 0xFFFF0000 if self.header.kind is Kind.ROM else LOAD_ADDRESS
+        """Where the image belongs (gpa); a multiboot file tells by itself, this is its first address."""
+        return _LOAD_ADDRESSES.get(self.header.kind, LOAD_ADDRESS)
 
     @property
     def source(self) -> str:
@@ -66,16 +70,14 @@ class CatalogGuest:
 
     @property
     def disassembly(self) -> str:
-        """A listing of the image's code: address, bytes, instruction."""
+        """A listing of the image's code: address as linked, bytes, instruction."""
         decoder = capstone.Cs(capstone.CS_ARCH_X86, _BITS.get(self.header.kind, capstone.CS_MODE_64))
         decoder.skipdata = True
-        start = self.header.size
-        lines = [
-            f"{address:08x}  {self.image[address - self.load_address :][:size].hex(' '):<32}  {name} {operands}".rstrip()
-            for address, size, name, operands in decoder.disasm_lite(
-                self.image[start:], self.load_address + start
-            )
-        ]
+        code, first = self.image[self.header.code :], self.header.entry
+        lines = []
+        for address, size, name, operands in decoder.disasm_lite(code, first):
+            hexadecimal = code[address - first :][:size].hex(" ")
+            lines.append(f"{address:08x}  {hexadecimal:<32}  {name} {operands}".rstrip())
         return "\n".join(lines)
 
 

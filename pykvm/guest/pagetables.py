@@ -141,9 +141,9 @@ class PageTables:
         half = 1 << self._format.linear - 1
         last = linear + size - 1
         if self._format.linear == 32:
-            fits = 0 <= linear and last < 1 << 32
+            fits = linear >= 0 and last < 1 << 32
         else:
-            fits = (0 <= linear and last < half) or ((1 << 64) - half <= linear and last < 1 << 64)
+            fits = (linear >= 0 and last < half) or ((1 << 64) - half <= linear and last < 1 << 64)
         if not fits:
             raise UsageError(
                 f"Linear [{linear:#x}, {linear + size:#x}) is not a canonical range of the mode."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Final
 
 from pykvm.errors import UsageError
@@ -112,7 +112,7 @@ class Serial16550(TextSink):
 
 
 class DebugExit(Device):
-    """Port 0xf4 of test kernels: a write ends the run with status value * 2 + 1 (8 bits, as a process has)."""
+    """Port 0xf4 of test kernels: a write ends the run with status value * 2 + 1 (modulo 256)."""
 
     PORT: Final = DEBUG_EXIT_PORT
 
@@ -179,7 +179,7 @@ class Cmos(Device):
         return clock.get(self._index, self._bytes[self._index])
 
     def _clock(self) -> dict[int, int]:
-        now = datetime.fromtimestamp(self._now(), timezone.utc)
+        now = datetime.fromtimestamp(self._now(), UTC)
         fields = {
             0x00: now.second,
             0x02: now.minute,

@@ -30,7 +30,7 @@ class Doorbell(IntEnum):
 
 
 class Kind(IntEnum):
-    """What a guest needs to run; all but WORKLOAD and ROM are named after the mode that they test."""
+    """What a guest needs to run; REAL to LA57 are named after the mode that they test."""
 
     WORKLOAD = 1
     REAL = 2
@@ -41,6 +41,7 @@ class Kind(IntEnum):
     LONG = 7
     LA57 = 8
     ROM = 9
+    MULTIBOOT = 10
 
 
 class State(IntEnum):
@@ -93,7 +94,11 @@ _MAGIC = b"PYKVMGST"
 
 @dataclass(frozen=True, slots=True)
 class GuestHeader:
-    """What an image says about itself; addresses are linear, ``stubs`` is 0 where it has no handlers."""
+    """What an image says about itself.
+
+    ``entry`` and ``stubs`` (0 without exception handlers) are addresses as linked, ``checks`` the words that
+    a workload compares per visit, ``code`` the offset into the file at which the code starts.
+    """
 
     kind: Kind
     checks: int
@@ -101,23 +106,24 @@ class GuestHeader:
     stubs: int
     name: str
     summary: str
-    size: int
+    code: int
 
     @classmethod
     def parse(cls, image: bytes) -> GuestHeader:
         """Raises ImageError if ``image`` is not a guest of this protocol."""
-        if len(image) < _HEADER.size or not image.startswith(_MAGIC):
+        start = max(0, image.find(_MAGIC))  # an ELF file has its own header before it
+        if len(image) - start < _HEADER.size or not image.startswith(_MAGIC, start):
             raise ImageError(
                 "This is not a pykvm guest image; build the guests with scripts/build_guests.py."
             )
-        _, version, kind, checks, entry, stubs = _HEADER.unpack_from(image)
+        _, version, kind, checks, entry, stubs = _HEADER.unpack_from(image, start)
         if version != PROTOCOL_VERSION:
             raise ImageError(
                 f"The guest image has protocol version {version}, this pykvm needs {PROTOCOL_VERSION}."
             )
-        strings = image[_HEADER.size :].split(b"\0", 2)
+        strings = image[start + _HEADER.size :].split(b"\0", 2)
         if len(strings) < 3 or kind not in set(Kind):
             raise ImageError("The header of the guest image is damaged; build it again.")
         name, summary = (text.decode("ascii", "replace") for text in strings[:2])
-        size = (_HEADER.size + len(strings[0]) + len(strings[1]) + 2 + 15) // 16 * 16
-        return cls(Kind(kind), checks, entry, stubs, name, summary, size)
+        code = start + (_HEADER.size + len(strings[0]) + len(strings[1]) + 2 + 15) // 16 * 16
+        return cls(Kind(kind), checks, entry, stubs, name, summary, code)

@@ -289,7 +289,8 @@ class GuestRunner:
     def _ring_full(self, vcpu: Vcpu) -> None:
         if self.on_ring_full is None:
             raise RingOverflowError(
-                f"The dirty ring of vCPU {vcpu.id} is full and nobody collects it; attach a tracker to the runner."
+                f"The dirty ring of vCPU {vcpu.id} is full and nobody collects it; "
+                "attach a tracker to the runner."
             )
         self.on_ring_full(vcpu)
 
