@@ -8,6 +8,13 @@ How an overflow shows.  The kernel only warns (once per boot) and overwrites.  A
 code in batches looks at the soft limit between batches only (docs/reference/hosts.md D.7).  Seen from here:
 every entry of the ring is dirty at once; or the reset stops short of what was taken, since a taken entry
 was overwritten; or nothing is at the head while there is something elsewhere.  Each of the three raises.
+One case leaves no trace until the next entry: the overwriting one falls between the two instructions with
+which the kernel's reset reads and clears that very entry.
+
+The guest can go on nevertheless.  The kernel counts in free-running indices that it keeps to itself: one
+of the next entry to write, one of the next to reset.  A vCPU is stopped as long as they are far apart, and
+is so for ever if the second one passes the first.  So a ring that overflowed is reset by exactly as much as
+is known to lie between them, and its true position is measured on the way (``VcpuRing.realign``).
 """
 
 from __future__ import annotations
@@ -15,7 +22,7 @@ from __future__ import annotations
 import errno
 import mmap
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -24,22 +31,28 @@ from pykvm.abi import ffi, lib
 from pykvm.abi.managed import Refusals
 from pykvm.errors import ClosedError, DirtyRingModeError, RingOrderError, RingOverflowError, RingSizeError
 from pykvm.kvm.capabilities import Switches
-from pykvm.kvm.slots import MemorySlot, VmMemory
+from pykvm.kvm.slots import VmMemory
 from pykvm.machine.protocols import RingEntries, RingHarvest, SlotFrames, Vcpu
 
 if TYPE_CHECKING:
     from pykvm.kvm.vcpu import KvmVcpu
 
 ENTRY_SIZE = 16
+RESERVED = 64
+"""KVM_DIRTY_RING_RSVD_ENTRIES: the soft limit is at least this much below the size."""
 _CAP_RING = 192
+_FRUITLESS = 100
 _CAP_RING_ACQ_REL = 223
+_RESET_REFUSALS: Refusals = {
+    errno.EINVAL: (DirtyRingModeError, "this VM has no dirty rings; enable them before the first vCPU.")
+}
 
 
 class VcpuRing:
     """One vCPU's ring: the mapping and the position of the next entry to take.
 
-    SAFETY: the mapping belongs to a Python mmap object that ``_entries`` keeps alive; ``close`` only drops
-    the reference, so a harvest in another thread finishes on mapped memory.
+    SAFETY: the mapping belongs to a Python mmap object that ``_entries`` and ``_flags`` keep alive; ``close``
+    only drops the references, so a harvest in another thread finishes on mapped memory.
     """
 
     def __init__(self, vcpu_fd: int, entries: int) -> None:
@@ -53,6 +66,9 @@ class VcpuRing:
         self.entries = entries
         self.head = 0
         self.overflowed = False
+        self.behind = False
+        """Overflowed by a whole ring or more; where the kernel's reset index stands is unknown."""
+        self._flags = np.frombuffer(mapping, dtype=np.uint32)[:: ENTRY_SIZE // 4]
         self._entries = ffi.from_buffer("struct kvm_dirty_gfn[]", mapping)
         self._slots = np.zeros(entries, dtype=np.uint32)
         self._offsets = np.zeros(entries, dtype=np.uint64)
@@ -60,7 +76,7 @@ class VcpuRing:
         self._offsets_pointer = ffi.cast("__u64 *", self._offsets.ctypes.data)
 
     def harvest(self, vcpu_id: int) -> RingEntries | None:
-        """Take everything there is; None for nothing.  Raises RingOverflowError."""
+        """Take everything there is; None for nothing.  Sets ``overflowed``."""
         ring = self._entries
         if ring is None:
             return None
@@ -70,31 +86,66 @@ class VcpuRing:
         )
         self.head = (self.head + n) & 0xFFFFFFFF
         if n == 0:
-            if (
-                lib.pykvm_ring_find_dirty(ring, self.entries) >= 0
-                and not ring[self.head % self.entries].flags & 1
-            ):
+            elsewhere = lib.pykvm_ring_find_dirty(ring, self.entries) >= 0
+            if elsewhere and not ring[self.head % self.entries].flags & lib.KVM_DIRTY_GFN_F_DIRTY:
                 self.overflowed = True
             return None
         if n == self.entries:
-            self.overflowed = True
+            self.overrun()
         return RingEntries(vcpu_id, self._slots[:n].copy(), self._offsets[:n].copy())
 
-    def abandon(self) -> None:
-        """Give up what is in the ring, so that its vCPU is not stopped for ever by a full ring."""
-        ring = self._entries
-        if ring is not None:
-            self.head = (self.head + lib.pykvm_ring_abandon(ring, self.entries, self.head)) & 0xFFFFFFFF
+    # --- after an overflow -----------------------------------------------------------------------
+
+    def is_short(self) -> bool:
+        """Whether the kernel wrote over an entry before its reset.
+
+        Then a reset that took all it could left harvested entries behind, or the ring is dirty all over.
+        """
+        flags = self._flags
+        return bool((flags & lib.KVM_DIRTY_GFN_F_RESET).any() or (flags & lib.KVM_DIRTY_GFN_F_DIRTY).all())
+
+    def overrun(self) -> None:
+        """The kernel is a whole ring or more ahead of its resets.  Freezes those until ``realign``."""
+        self.overflowed = self.behind = True
+        self._flags[:] = 0
+
+    def realign(self, reset: Callable[[], int]) -> None:
+        """Reset the ring once around and find out where the kernel's reset index stands.
+
+        ``reset`` resets until nothing is left and tells how many; the vCPU is outside the guest.  With every
+        entry marked but the first one, the count is the distance from the index to that entry.
+        """
+        flags = self._flags
+        flags[1:] = lib.KVM_DIRTY_GFN_F_RESET
+        flags[0] = 0
+        distance = reset()
+        flags[0] = lib.KVM_DIRTY_GFN_F_RESET
+        reset()
+        self.head = -distance % self.entries
+        self.behind = False
+
+    def give_up(self, full: bool) -> None:
+        """Mark what is in the ring as harvested, with the empty entries in between that the kernel passed.
+
+        A vCPU that stopped with ``full`` has more entries than the soft limit between the kernel's indices,
+        even if none is visible, and that limit is at least the 64 entries which the kernel keeps in reserve.
+        """
+        order = np.arange(self.head, self.head + self.entries) % self.entries
+        dirty = np.flatnonzero(self._flags[order] & lib.KVM_DIRTY_GFN_F_DIRTY)
+        n = int(dirty[-1]) + 1 if len(dirty) else RESERVED if full else 0
+        self._flags[order[:n]] = lib.KVM_DIRTY_GFN_F_RESET
+        self.head = (self.head + n) & 0xFFFFFFFF
 
     def close(self) -> None:
         self._entries = None
+        self._flags = np.empty(0, dtype=np.uint32)
 
 
 class _Batch(NamedTuple):
-    """Entries and what the slots were when they were taken: (slot, generation)."""
+    """Entries and where the slots were when they were taken."""
 
     entries: RingEntries
-    slots: list[tuple[MemorySlot, int]]
+    slots: dict[int, SlotFrames]
 
 
 class VmRings(VmMemory, Switches):
@@ -147,13 +198,9 @@ class VmRings(VmMemory, Switches):
 
         ``collect_rings`` is what one wants; a bare reset is for tests of KVM itself.
         """
-        refusals: Refusals = {
-            errno.EINVAL: (
-                DirtyRingModeError,
-                "this VM has no dirty rings; enable them before the first vCPU.",
-            )
-        }
-        return self.ioctl_int(lib.KVM_RESET_DIRTY_RINGS, 0, "KVM_RESET_DIRTY_RINGS", refusals)
+        count = self.ioctl_int(lib.KVM_RESET_DIRTY_RINGS, 0, "KVM_RESET_DIRTY_RINGS", _RESET_REFUSALS)
+        self._unreset = max(self._unreset - count, 0)
+        return count
 
     def collect_rings(self, vcpus: Iterable[Vcpu] | None = None) -> RingHarvest:
         """Harvest and reset; see pykvm.machine.Machine.collect_rings.
@@ -164,10 +211,19 @@ class VmRings(VmMemory, Switches):
         with self._ring_lock:
             self._require_rings()
             wanted = None if vcpus is None else {vcpu.id for vcpu in vcpus}
-            self._harvest(wanted)
+            now = self._harvest(wanted)
+            self._raise_overflow()
             self._reset()
             batches, self._batches = self._batches, []
-        return self._resolve(batches)
+        # Slots that went or moved since their entries were taken denote nothing any more.
+        return RingHarvest(
+            [
+                batch
+                if batch.slots is now
+                else _Batch(batch.entries, {n: at for n, at in batch.slots.items() if now.get(n) is at})
+                for batch in batches
+            ]
+        )
 
     def _require_rings(self) -> None:
         if not self.ring_entries:
@@ -178,67 +234,66 @@ class VmRings(VmMemory, Switches):
             raise ClosedError("The VM is closed; create a new one.")
 
     def _harvest(self, wanted: set[int] | None) -> None:
-        slots: list[tuple[MemorySlot, int]] | None = None
+        taken = []
         for vcpu in self._ring_vcpus():
             ring = vcpu.ring
-            if ring is None or (wanted is not None and vcpu.id not in wanted):
+            if ring is None or ring.overflowed or (wanted is not None and vcpu.id not in wanted):
                 continue
-            if not ring.overflowed:
-                entries = ring.harvest(vcpu.id)
-                if entries is not None:
-                    if slots is None:
-                        slots = [(slot, slot.generation) for slot in list(self._slots.values())]
-                    self._batches.append(_Batch(entries, slots))
-                    self._unreset += len(entries.slots)
-            if ring.overflowed:
-                raise self._overflow(vcpu.id)
+            entries = ring.harvest(vcpu.id)
+            if entries is not None:
+                taken.append(entries)
+                self._unreset += len(entries.slots)
+        if taken:
+            slots = {slot.id: slot.frames for slot in list(self._slots.values())}
+            self._batches += [_Batch(entries, slots) for entries in taken]
 
     def _reset(self) -> None:
         """Reset until all that was taken is reset: a signal ends the ioctl early from Linux 7.2 on."""
         fruitless = 0
         while self._unreset:
-            count = self.reset_dirty_rings()
-            self._unreset -= count
-            fruitless = 0 if count else fruitless + 1
-            if fruitless == 100 or self._unreset < 0:
-                for vcpu in self._ring_vcpus():
-                    if vcpu.ring is not None:
-                        vcpu.ring.overflowed = True
-                raise self._overflow(None)
+            fruitless = 0 if self.reset_dirty_rings() else fruitless + 1
+            if fruitless == _FRUITLESS:
+                rings = [vcpu.ring for vcpu in self._ring_vcpus() if vcpu.ring is not None]
+                short = [ring for ring in rings if ring.is_short()]
+                for ring in short:
+                    ring.overrun()
+                for ring in () if short else rings:
+                    ring.overflowed = True
+                self._raise_overflow()
 
-    def _overflow(self, vcpu_id: int | None) -> RingOverflowError:
-        """The error to raise.  The log is beyond repair, but the guest can go on: the rings are emptied."""
-        for vcpu in self._ring_vcpus():
-            if vcpu.ring is not None and vcpu.ring.overflowed:
-                vcpu.ring.abandon()
-        self.reset_dirty_rings()
+    def _raise_overflow(self) -> None:
+        """Raise if a ring overflowed.  The log is beyond repair, but the guest can go on: empty the ring."""
+        lost = [vcpu for vcpu in self._ring_vcpus() if vcpu.ring is not None and vcpu.ring.overflowed]
+        if not lost:
+            return
         self._batches = []
-        self._unreset = 0
-        whose = "A dirty ring" if vcpu_id is None else f"The dirty ring of vCPU {vcpu_id}"
-        return RingOverflowError(
-            f"{whose} ({self.ring_entries} entries) overflowed and pages are missing from the log: this host "
-            "runs more guest code between two checks than the ring has room for. Use the bitmap, a guest at "
-            "CPL 3, or a larger ring; the VM's log cannot be trusted any more."
+        self._reset_all()
+        for vcpu in lost:
+            # One that is inside the guest stops at its limit, and is seen to then.
+            if vcpu.ring is not None and not vcpu.running:
+                full = vcpu.take_ring_full()
+                if vcpu.ring.behind:
+                    vcpu.ring.realign(self._reset_all)
+                else:
+                    vcpu.ring.give_up(full)
+                    self._reset_all()
+        raise RingOverflowError(
+            f"The dirty ring of vCPU {lost[0].id} ({self.ring_entries} entries) overflowed and pages are "
+            "missing from the log: this host runs more guest code between two checks than the ring has room "
+            "for. Use the bitmap, a guest at CPL 3, or a larger ring; the VM's log cannot be trusted any more."
         )
+
+    def _reset_all(self) -> int:
+        """Reset until there is nothing more; how many entries that were."""
+        total = fruitless = 0
+        while fruitless < 2:
+            count = self.reset_dirty_rings()
+            total += count
+            fruitless = 0 if count else fruitless + 1
+        self._unreset = 0
+        return total
 
     def _before_slot_change(self) -> None:
         if self.ring_entries and self._ring_vcpus():
             with self._ring_lock:
                 self._harvest(None)
-
-    @staticmethod
-    def _resolve(batches: list[_Batch]) -> RingHarvest:
-        """What the offsets mean now: slots that went or moved since their entries were taken are left out."""
-        return RingHarvest(
-            [
-                (
-                    entries,
-                    {
-                        slot.id: SlotFrames(slot.base_gfn, slot.npages)
-                        for slot, generation in slots
-                        if slot.alive and slot.generation == generation
-                    },
-                )
-                for entries, slots in batches
-            ]
-        )

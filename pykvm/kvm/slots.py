@@ -31,7 +31,7 @@ from pykvm.errors import (
     SlotOverlapError,
     UsageError,
 )
-from pykvm.machine.protocols import Slot, SlotFlags
+from pykvm.machine.protocols import Slot, SlotFlags, SlotFrames
 from pykvm.memory import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ class MemorySlot:
         self.memory_offset = offset
         self.host_address = 0
         self.guest_memfd: tuple[int, int] | None = None
-        self.generation = 0
-        """Grows when the slot moves, so that older ring entries can be told from newer ones."""
+        self.frames = SlotFrames(self.base_gfn, self.npages)
+        """Another object after each move, so that older ring entries can be told from newer ones."""
         self.log_lock = threading.Lock()
         self.log_words: npt.NDArray[np.uint64] | None = None
 
@@ -270,8 +270,8 @@ class VmMemory(Managed):
                 self._before_slot_change()
             self._set(slot, gpa, flags)
             if gpa != slot.gpa:
-                slot.generation += 1
-            slot.gpa = gpa
+                slot.gpa = gpa
+                slot.frames = SlotFrames(slot.base_gfn, slot.npages)
             slot.flags = flags
             if not flags & SlotFlags.LOG_DIRTY_PAGES:
                 slot.log_words = None
