@@ -36,6 +36,13 @@ IMPORTANT = {
 }
 
 
+_MODE_REMEDIES = {
+    BootMode.LA57: "a processor with 57-bit linear addresses (CPUID 7.0 ECX bit 16).",
+    BootMode.PAE: "a host with Intel VT-x or AMD-V.",
+    BootMode.PAGED32: "a host with Intel VT-x or AMD-V.",
+}
+
+
 def mmu_facts(host: Host, modes: list[ModeResult]) -> dict[str, Any]:
     """The MMU's kind, by the modules' parameters, or else by whether KVM built shadow pages."""
     long_mode = next((item for item in modes if item.mode is BootMode.LONG and item.cpl == 3), None)
@@ -59,20 +66,20 @@ def missing_facts(capabilities: dict[str, int], modes: list[ModeResult]) -> list
         for item, (purpose, since) in IMPORTANT.items()
         if not capabilities.get(item.name)
     ]
+    unavailable = {item.mode: item for item in modes if item.execution == "unavailable"}
+    for item in unavailable.values():
+        missing.append(
+            {
+                "what": f"guests in mode '{item.mode.value}' ({item.reason})",
+                "remedy": _MODE_REMEDIES.get(item.mode, "a host whose KVM runs this mode."),
+            }
+        )
     for item in modes:
-        if item.execution == "unavailable":
-            missing.append(
-                {
-                    "what": f"guests in mode '{item.mode.value}' at CPL {item.cpl} ({item.reason})",
-                    "remedy": "a host whose processor and KVM module run this mode.",
-                }
-            )
-        elif item.execution == "emulated" and item.mode is BootMode.LONG:
+        if item.mode is BootMode.LONG and item.execution == "emulated":
             missing.append(
                 {
                     "what": f"native execution in long mode at CPL {item.cpl}",
-                    "remedy": "a host with Intel VT-x or AMD-V; here use --cpl "
-                    + ("3." if item.cpl == 0 else "0, and expect long runs."),
+                    "remedy": "a host with Intel VT-x or AMD-V; here prefer the other privilege level.",
                 }
             )
     return missing
@@ -93,7 +100,7 @@ def _limits(system: KvmSystem, capabilities: dict[str, int]) -> dict[str, int]:
 
 def _facts_table(rows: dict[str, str]) -> Table:
     table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
+    table.add_column(style="dim", no_wrap=True, min_width=10)
     table.add_column()
     for name, value in rows.items():
         table.add_row(name, value)
@@ -189,4 +196,4 @@ def command(session: Session, show_all: bool) -> None:
         session.out.print()
         session.out.print("[bold]missing here[/]")
         for item in missing:
-            session.out.print(f"  {item['what']}: {item['remedy']}", markup=False)
+            session.out.print(f"  {item['what']}: {item['remedy']}", markup=False, soft_wrap=True)

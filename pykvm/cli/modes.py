@@ -6,15 +6,16 @@ tells whether the loop ran on the processor or in the kernel's instruction emula
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from dataclasses import dataclass
 from typing import Any
 
-from pykvm.errors import PykvmError
+from pykvm.errors import KvmError
 from pykvm.guest.boot import Arena, BootMode, SystemTables, boot_state
 from pykvm.guest.pagetables import PageTables, PagingMode
-from pykvm.machine import Exit, IoOut, Machine, System, Vcpu
+from pykvm.machine import Exit, IoOut, Kicked, Machine, Shutdown, System, Vcpu
 from pykvm.memory import GuestMemory
 
 # One encoding for all modes (operand sizes follow the mode):
@@ -98,6 +99,10 @@ def _run(vcpu: Vcpu) -> float:
     finally:
         watchdog.cancel()
         watchdog.join()
+    if isinstance(reason, Kicked):
+        raise _StoppedError(f"the guest did not come back within {_TIME_LIMIT:g} s")
+    if isinstance(reason, Shutdown):
+        raise _StoppedError("the guest stopped with a triple fault")
     if not isinstance(reason, IoOut) or reason.port != _PORT:
         raise _StoppedError(f"the guest stopped with {type(reason).__name__}")
     return seconds
@@ -159,7 +164,10 @@ def measure_mode(system: System, mode: BootMode, cpl: int) -> ModeResult:
                 exit_seconds,
                 machine.statistics().value("mmu_cache_miss"),
             )
-    except (_StoppedError, PykvmError) as error:
+    except KvmError as error:
+        name = errno.errorcode.get(error.errno or 0, str(error.errno))
+        return ModeResult(mode, cpl, "unavailable", reason=f"{error.operation} failed with {name}")
+    except _StoppedError as error:
         return ModeResult(mode, cpl, "unavailable", reason=str(error))
 
 

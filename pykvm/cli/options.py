@@ -27,7 +27,7 @@ def guest_options(command: Command) -> Command:
                      help="Privilege level of the guest; hosts that emulate level 0 run it slowly."),
         click.option("--vcpus", type=click.IntRange(1, 64), default=1, show_default=True,
                      help="Number of vCPUs, each with a share of the memory."),
-        click.option("--memory", type=size_type(minimum=_LARGE_PAGE, multiple=_LARGE_PAGE), default="64M",
+        click.option("--memory", type=size_type(minimum=_LARGE_PAGE, multiple=_LARGE_PAGE), default="256M",
                      show_default=True, help="Guest memory, a multiple of 2M up to 1T."),
     ):  # fmt: skip
         command = option(command)
