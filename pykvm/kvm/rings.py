@@ -233,7 +233,8 @@ class VmRings(VmMemory, Switches):
         if self.closed:
             raise ClosedError("The VM is closed; create a new one.")
 
-    def _harvest(self, wanted: set[int] | None) -> None:
+    def _harvest(self, wanted: set[int] | None) -> dict[int, SlotFrames]:
+        """Take what there is; returns where the slots are after that."""
         taken = []
         for vcpu in self._ring_vcpus():
             ring = vcpu.ring
@@ -243,9 +244,9 @@ class VmRings(VmMemory, Switches):
             if entries is not None:
                 taken.append(entries)
                 self._unreset += len(entries.slots)
-        if taken:
-            slots = {slot.id: slot.frames for slot in list(self._slots.values())}
-            self._batches += [_Batch(entries, slots) for entries in taken]
+        slots = {slot.id: slot.frames for slot in list(self._slots.values())}
+        self._batches += [_Batch(entries, slots) for entries in taken]
+        return slots
 
     def _reset(self) -> None:
         """Reset until all that was taken is reset: a signal ends the ioctl early from Linux 7.2 on."""
@@ -279,8 +280,8 @@ class VmRings(VmMemory, Switches):
                     self._reset_all()
         raise RingOverflowError(
             f"The dirty ring of vCPU {lost[0].id} ({self.ring_entries} entries) overflowed and pages are "
-            "missing from the log: this host runs more guest code between two checks than the ring has room "
-            "for. Use the bitmap, a guest at CPL 3, or a larger ring; the VM's log cannot be trusted any more."
+            "missing from the log: this host runs more guest code between two checks than the ring can hold. "
+            "Use the bitmap, a guest at CPL 3, or a larger ring; the VM's log cannot be trusted any more."
         )
 
     def _reset_all(self) -> int:
