@@ -34,7 +34,8 @@ class Progress:
     """How far a side is; sent to the ``progress`` callback when the phase changes and ten times a second.
 
     ``pages_done`` of ``pages_total`` in this round (0: not known); ``rate`` in bytes per second;
-    ``estimate``: seconds until this round is through, None while nothing was measured.
+    ``estimate``: seconds until this round is through, None while nothing was measured.  ``completed``: the
+    round that just ended at the source; so its figures are known even if a later one fails.
     """
 
     phase: Phase
@@ -44,6 +45,7 @@ class Progress:
     bytes_total: int = 0
     rate: float = 0.0
     estimate: float | None = None
+    completed: RoundResult | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"phase": self.phase.value}

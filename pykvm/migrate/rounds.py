@@ -127,6 +127,9 @@ class Copier:
                 heat=heat_of(self._slots.pages(self._dirty), self.pages_total),
             )
         )
+        self._report(
+            Progress(Phase.COPY, round=number, bytes_total=channel.bytes_sent, completed=self.rounds[-1])
+        )
 
     def _collect(self) -> DirtyPages:
         if self._guest.runner.finished:

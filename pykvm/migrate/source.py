@@ -219,7 +219,8 @@ class _Source:
             more = f" and {answer.count - 8} more" if answer.count > 8 else ""
             raise VerificationError(
                 f"{answer.count} of {copier.pages_total} pages differ at the destination: {named}{more} "
-                f"(digest {root.hex()} here, {answer.root} there)."
+                f"(digest {root.hex()} here, {answer.root} there).",
+                pages=answer.pages,
             )
         if answer.root != root.hex():
             raise WireError("The destination confirms every page, but its digest over all of them differs.")
@@ -292,8 +293,11 @@ class _Source:
         """The error to raise: with the destination's reason where it gave one, and the guest's fate."""
         if isinstance(error, ChannelError):
             error = self._session.why(error)
-        if isinstance(error, MigrationError | VerificationError | RingOverflowError):
-            return type(error)(f"{error} The guest stays here, unharmed.")
+        text = f"{error} The guest stays here, unharmed."
+        if isinstance(error, VerificationError):
+            return VerificationError(text, pages=error.pages)
+        if isinstance(error, MigrationError | RingOverflowError):
+            return type(error)(text)
         return error
 
     # --- progress ----------------------------------------------------------------------------------
