@@ -213,9 +213,16 @@ class ChannelError(MigrationError):
 
 
 class VerificationError(PykvmError):
-    """The digests of the two sides differ: a page was lost on the way."""
+    """The digests of the two sides differ: a page was lost on the way.
+
+    ``pages``: numbers of the first such pages within the guest's memory.
+    """
 
     exit_status = 10
+
+    def __init__(self, text: str, *, pages: tuple[int, ...] = ()) -> None:
+        super().__init__(text)
+        self.pages = pages
 
 
 class HandoverUnknownError(PykvmError):
