@@ -35,8 +35,14 @@ from pykvm.machine.protocols import Slot, SlotFlags, SlotFrames
 from pykvm.memory import PAGE_SIZE
 
 if TYPE_CHECKING:
+    from pykvm.abi.library import CData
     from pykvm.machine.dirty import Gfns
     from pykvm.memory import GuestMemory
+
+_dirty_log = lib.pykvm_dirty_log
+_from_buffer = ffi.from_buffer
+_MOST_WORD = 64
+"""The pages of one word of a bitmap: pykvm_dirty_log wants room for them before it takes the word on."""
 
 _LOG_REFUSALS: Refusals = {
     errno.ENOENT: (
@@ -79,7 +85,7 @@ class MemorySlot:
         self.frames = SlotFrames(self.base_gfn, self.npages)
         """Another object after each move, so that older ring entries can be told from newer ones."""
         self.log_lock = threading.Lock()
-        self.log_words: npt.NDArray[np.uint64] | None = None
+        self.log: LogBuffer | None = None
 
     @property
     def alive(self) -> bool:
@@ -119,6 +125,47 @@ class MemorySlot:
     def __repr__(self) -> str:
         state = "" if self.alive else " (deleted)"
         return f"<MemorySlot {self.id} [{self.gpa:#x}, {self.gpa + self.size:#x}) {self.flags!r}{state}>"
+
+
+class LogBuffer:
+    """Where a slot's dirty bitmap is fetched to.
+
+    It is kept, since a fresh one for each call would be page-faulted in anew: 2 MiB for 64 GiB.
+
+    SAFETY: the kernel writes ceil(npages / 64) words, exactly the size of ``words``, which ``request`` points
+    to and this object keeps alive.
+    """
+
+    def __init__(self, slot: MemorySlot) -> None:
+        self.words: npt.NDArray[np.uint64] = np.zeros((slot.npages + 63) // 64, dtype=np.uint64)
+        self.pointer = ffi.from_buffer("__u64[]", self.words)
+        self.request = ffi.new("struct pykvm_dirty_log *")
+        self.request.slot = slot.id
+        self.request.words = len(self.words)
+        self.request.base_gfn = slot.base_gfn
+        self.request.bitmap = self.pointer
+        self.room = _MOST_WORD
+        """Pages to make room for: what the last collection had, and some more."""
+
+    def gfns(self, vm: CData) -> Gfns | int:
+        """Fetch the log: its gfns, ascending, or the error of the ioctl.  The caller holds ``log_lock``."""
+        room = self.room
+        gfns = np.empty(room, dtype=np.uint64)
+        # SAFETY: C writes at most ``room`` gfns; the array is held by this frame.
+        count = _dirty_log(vm, self.request, _from_buffer("__u64[]", gfns), room)
+        if count < 0:
+            return count
+        if count > room - _MOST_WORD:
+            gfns = np.empty(count, dtype=np.uint64)
+            lib.pykvm_bitmap_to_gfns(
+                self.pointer, len(self.words), self.request.base_gfn, _from_buffer("__u64[]", gfns)
+            )
+            self.room = count + count // 8 + _MOST_WORD
+            return gfns
+        if count < room // 2:
+            self.room = count + count // 8 + _MOST_WORD
+            return gfns[:count].copy()
+        return gfns[:count]
 
 
 class VmMemory(Managed):
@@ -272,9 +319,10 @@ class VmMemory(Managed):
             if gpa != slot.gpa:
                 slot.gpa = gpa
                 slot.frames = SlotFrames(slot.base_gfn, slot.npages)
+                slot.log = None
             slot.flags = flags
             if not flags & SlotFlags.LOG_DIRTY_PAGES:
-                slot.log_words = None
+                slot.log = None
 
     def delete_slot(self, slot: MemorySlot) -> None:
         """Remove a slot; dirty bits that nobody fetched are lost."""
@@ -300,21 +348,6 @@ class VmMemory(Managed):
         slot.vm  # noqa: B018 - raises ClosedError for a deleted slot
         return slot
 
-    def _get_log(self, slot: MemorySlot) -> npt.NDArray[np.uint64]:
-        """Fetch the bitmap into the slot's own buffer; the caller holds ``slot.log_lock``.
-
-        A buffer of its own, kept, since a fresh one for each call would be page-faulted in anew: 2 MiB for
-        64 GiB.  SAFETY: the kernel writes ceil(npages / 64) words, exactly the buffer's size.
-        """
-        words = slot.log_words
-        if words is None:
-            words = slot.log_words = np.zeros((slot.npages + 63) // 64, dtype=np.uint64)
-        log = ffi.new("struct kvm_dirty_log *")
-        log.slot = slot.id
-        log.dirty_bitmap = ffi.cast("void *", words.ctypes.data)
-        self.ioctl(lib.KVM_GET_DIRTY_LOG, log, "KVM_GET_DIRTY_LOG", _LOG_REFUSALS)
-        return words
-
     def get_dirty_bitmap(self, slot: Slot) -> npt.NDArray[np.uint64]:
         """KVM_GET_DIRTY_LOG (api.rst 4.8) as 64-bit words.
 
@@ -323,18 +356,26 @@ class VmMemory(Managed):
         """
         own = self._own(slot)
         with own.log_lock:
-            return self._get_log(own).copy()
+            log = own.log or self._new_log(own)
+            request = ffi.new("struct kvm_dirty_log *")
+            request.slot = own.id
+            request.dirty_bitmap = log.pointer
+            self.ioctl(lib.KVM_GET_DIRTY_LOG, request, "KVM_GET_DIRTY_LOG", _LOG_REFUSALS)
+            return log.words.copy()
 
     def get_dirty_log(self, slot: Slot) -> Gfns:
         """KVM_GET_DIRTY_LOG as ascending gfns; otherwise as ``get_dirty_bitmap``."""
         own = self._own(slot)
         with own.log_lock:
-            words = self._get_log(own)
-            # SAFETY: both arrays are held by this frame; ``gfns`` has room for every set bit.
-            source = ffi.cast("__u64 *", words.ctypes.data)
-            gfns = np.empty(lib.pykvm_bitmap_count(source, len(words)), dtype=np.uint64)
-            lib.pykvm_bitmap_to_gfns(source, len(words), own.base_gfn, ffi.cast("__u64 *", gfns.ctypes.data))
-            return gfns
+            gfns = (own.log or self._new_log(own)).gfns(self._handle)
+        if isinstance(gfns, int):
+            raise self._error(gfns, "KVM_GET_DIRTY_LOG", _LOG_REFUSALS)
+        return gfns
+
+    @staticmethod
+    def _new_log(slot: MemorySlot) -> LogBuffer:
+        slot.log = LogBuffer(slot)
+        return slot.log
 
     def clear_dirty_log(self, slot: Slot, first_page: int, pages: int, words: npt.NDArray[np.uint64]) -> None:
         """KVM_CLEAR_DIRTY_LOG (api.rst 4.117, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2).

@@ -38,6 +38,13 @@ long pykvm_ring_abandon(struct kvm_dirty_gfn *ring, __u32 size, __u32 head);
 long pykvm_ring_find_dirty(struct kvm_dirty_gfn *ring, __u32 size);
 
 /* bitmap.c */
+struct pykvm_dirty_log {
+    __u32 slot;
+    size_t words;
+    __u64 base_gfn;
+    __u64 *bitmap;
+};
+long pykvm_dirty_log(struct pykvm_handle *vm, const struct pykvm_dirty_log *log, __u64 *gfns, size_t room);
 long pykvm_bitmap_count(const __u64 *words, size_t n);
 long pykvm_bitmap_to_gfns(const __u64 *words, size_t n, __u64 base, __u64 *out);
 void pykvm_gfns_to_bitmap(const __u64 *gfns, size_t n, __u64 base, __u64 *words);
