@@ -32,7 +32,7 @@ STORE = b"\x48\x89\x07" + DONE
 """mov [rdi], rax; out 0x10, al"""
 LOAD = b"\x48\x8b\x07" + DONE
 """mov rax, [rdi]; out 0x10, al"""
-STORES = b"\x48\x89\x0f" b"\x48\x01\xd7" b"\x48\xff\xc9" b"\x75\xf5" + DONE
+STORES = b"\x48\x89\x0f\x48\x01\xd7\x48\xff\xc9\x75\xf5" + DONE
 """again: mov [rdi], rcx; add rdi, rdx; dec rcx; jnz again; out 0x10, al"""
 COUNT_FOR_EVER = b"\x48\xff\xc1\xeb\xfb"
 """again: inc rcx; jmp again"""
@@ -180,7 +180,7 @@ def emulates_cpl0_in_batches(system: KvmSystem) -> bool:
 
 
 class Runner:
-    """A thread in which a vCPU runs until it is told otherwise; collects exits and the error it ended with."""
+    """A thread in which a vCPU runs until told otherwise; keeps its exits and the error it ended with."""
 
     def __init__(self, vcpu: KvmVcpu, keep: Callable[[Exit], bool] = lambda _: True) -> None:
         self.exits: list[Exit] = []
