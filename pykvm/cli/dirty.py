@@ -135,10 +135,16 @@ def _document(guest: WorkloadGuest, tracker: Tracker, watch: Watch) -> dict[str,
 
 @click.command("dirty", short_help="Watch what a running workload writes.")
 @click.argument("workload")
-@click.option("--seconds", type=duration_type(minimum=0.01), default="5s", show_default=True,
-              help="How long to watch.")  # fmt: skip
-@click.option("--interval", type=duration_type(minimum=0.001), default="100ms", show_default=True,
-              help="Time between two collections.")  # fmt: skip
+@click.option(
+    "--seconds", type=duration_type(minimum=0.01), default="5s", show_default=True, help="How long to watch."
+)
+@click.option(
+    "--interval",
+    type=duration_type(minimum=0.001),
+    default="100ms",
+    show_default=True,
+    help="Time between two collections.",
+)
 @guest_options
 @tracker_options
 @common_options

@@ -66,22 +66,22 @@ def missing_facts(capabilities: dict[str, int], modes: list[ModeResult]) -> list
         for item, (purpose, since) in IMPORTANT.items()
         if not capabilities.get(item.name)
     ]
-    unavailable = {item.mode: item for item in modes if item.execution == "unavailable"}
-    for item in unavailable.values():
-        missing.append(
-            {
-                "what": f"guests in mode '{item.mode.value}' ({item.reason})",
-                "remedy": _MODE_REMEDIES.get(item.mode, "a host whose KVM runs this mode."),
-            }
-        )
-    for item in modes:
-        if item.mode is BootMode.LONG and item.execution == "emulated":
-            missing.append(
-                {
-                    "what": f"native execution in long mode at CPL {item.cpl}",
-                    "remedy": "a host with Intel VT-x or AMD-V; here prefer the other privilege level.",
-                }
-            )
+    unavailable = {item.mode: item.reason for item in modes if item.execution == "unavailable"}
+    missing += [
+        {
+            "what": f"guests in mode '{mode.value}' ({reason})",
+            "remedy": _MODE_REMEDIES.get(mode, "a host whose KVM runs this mode."),
+        }
+        for mode, reason in unavailable.items()
+    ]
+    missing += [
+        {
+            "what": f"native execution in long mode at CPL {item.cpl}",
+            "remedy": "a host with Intel VT-x or AMD-V; here prefer the other privilege level.",
+        }
+        for item in modes
+        if item.mode is BootMode.LONG and item.execution == "emulated"
+    ]
     return missing
 
 

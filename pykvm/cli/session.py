@@ -18,9 +18,16 @@ from pykvm.report.document import encode
 _PLAIN_WIDTH = 120
 
 
+class _PipedConsole(Console):
+    """A console that leaves it to ``main`` what a reader that went away means."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def _console(*, stderr: bool) -> Console:
     """A console that does not squeeze tables into 80 columns when nobody's terminal is that narrow."""
-    console = Console(stderr=stderr, highlight=False)
+    console = _PipedConsole(stderr=stderr, highlight=False)
     if not console.is_terminal:
         console.width = _PLAIN_WIDTH
     return console

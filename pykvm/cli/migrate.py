@@ -1,0 +1,105 @@
+"""``pykvm migrate``: a live migration between two processes, or one side of it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pykvm.backends import open_system
+from pykvm.cli import migrate_receive, migrate_send
+from pykvm.cli.destination_process import DestinationProcess
+from pykvm.cli.migration import Sending, policy_options
+from pykvm.cli.options import guest_config, guest_options, tracker_of, tracker_options
+from pykvm.cli.parameters import duration_type
+from pykvm.cli.session import Session, common_options
+from pykvm.errors import PykvmError
+from pykvm.migrate import Policy, connect
+
+
+@click.group("migrate", invoke_without_command=True, short_help="Migrate a running guest and prove it.")
+@click.option(
+    "--workload", default="hotspot", show_default=True, help="The guest; 'pykvm guests list' names them."
+)
+@click.option(
+    "--transport",
+    type=click.Choice(["unix", "tcp"]),
+    default="unix",
+    show_default=True,
+    help="The socket between the two processes; tcp uses the loopback.",
+)
+@click.option("--address", help="Where the destination listens, instead of a fresh address of --transport.")
+@click.option(
+    "--check-seconds",
+    type=duration_type(),
+    default="1s",
+    show_default=True,
+    help="How long the guest runs at the destination and checks its memory.",
+)
+@guest_options
+@tracker_options
+@policy_options
+@common_options
+@click.pass_context
+def command(context: click.Context, session: Session, /, **options: Any) -> None:
+    """Migrate a running guest from this process to another one, and prove that no page was lost.
+
+    Without a subcommand both sides run on this host: this process is the source, a child the destination.
+    The guest keeps writing while its memory is copied. Before it resumes at the destination the digests of
+    all pages are compared; there it goes on checking its own memory.
+
+    'send' and 'receive' are the two sides for two terminals or hosts.
+    """
+    if context.invoked_subcommand is None:
+        _both(session, **options)
+
+
+def _both(
+    session: Session,
+    *,
+    workload: str,
+    transport: str,
+    address: str | None,
+    check_seconds: float,
+    bandwidth: int,
+    downtime_limit: float,
+    max_rounds: int,
+    warm_up: float,
+    sabotage: str | None,
+    report_path: Path | None,
+    **options: Any,
+) -> None:
+    config = guest_config(workload, options)
+    sending = Sending(
+        session,
+        config,
+        tracker_of(options),
+        Policy(bandwidth or None, downtime_limit, max_rounds),
+        transport=address.partition(":")[0] if address else transport,
+        sabotage=sabotage,
+        report_path=report_path,
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="pykvm-") as folder,
+        open_system(session.backend) as system,
+        DestinationProcess(
+            address or ("tcp:0" if transport == "tcp" else f"unix:{folder}/migration"),
+            backend=session.backend,
+            check_seconds=check_seconds,
+            max_memory=config.memory,
+        ) as destination,
+        sending.start(system, warm_up) as guest,
+    ):
+        try:
+            result = sending.move(guest, connect(destination.address()), fence=destination.kill)
+        except PykvmError as error:
+            sending.failed(error, guest)
+            raise
+        session.document["destination"] = destination.document()
+        sending.succeeded(result)
+
+
+command.add_command(migrate_send.command)
+command.add_command(migrate_receive.command)

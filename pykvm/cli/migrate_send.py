@@ -1,0 +1,69 @@
+"""``pykvm migrate send``: the source of a live migration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pykvm.backends import open_system
+from pykvm.cli.migration import Sending, policy_options
+from pykvm.cli.options import guest_config, guest_options, tracker_of, tracker_options
+from pykvm.cli.session import Session, common_options
+from pykvm.errors import MigrationError, PykvmError
+from pykvm.migrate import Policy, connect
+
+
+@click.command("send", short_help="Start a guest here and move it to a receiver.")
+@click.option("--address", required=True, help="Where the receiver listens: unix:PATH or tcp:HOST:PORT.")
+@click.option(
+    "--workload", default="hotspot", show_default=True, help="The guest; 'pykvm guests list' names them."
+)
+@click.option(
+    "--attempts",
+    type=click.IntRange(1, 100),
+    default=1,
+    show_default=True,
+    help="Try again this often if a migration fails before the switch-over.",
+)
+@guest_options
+@tracker_options
+@policy_options
+@common_options
+def command(
+    session: Session,
+    address: str,
+    workload: str,
+    attempts: int,
+    bandwidth: int,
+    downtime_limit: float,
+    max_rounds: int,
+    warm_up: float,
+    sabotage: str | None,
+    report_path: Path | None,
+    **options: Any,
+) -> None:
+    """Start a guest here and move it, while it runs, to 'pykvm migrate receive' at ADDRESS."""
+    sending = Sending(
+        session,
+        guest_config(workload, options),
+        tracker_of(options),
+        Policy(bandwidth or None, downtime_limit, max_rounds),
+        transport=address.partition(":")[0],
+        sabotage=sabotage,
+        report_path=report_path,
+    )
+    with open_system(session.backend) as system, sending.start(system, warm_up) as guest:
+        for attempt in range(1, attempts + 1):
+            try:
+                result = sending.move(guest, connect(address))
+            except PykvmError as error:
+                if isinstance(error, MigrationError) and attempt < attempts:
+                    session.note(f"attempt {attempt} failed: {error}")
+                    continue
+                sending.failed(error, guest)
+                raise
+            session.document["attempts"] = attempt
+            sending.succeeded(result)
+            return
