@@ -18,7 +18,7 @@ _DATA = 0x00CF93000000FFFF
 
 
 def install(guest: Tiny, vectors: Iterable[int], vcpu: KvmVcpu | None = None) -> None:
-    """Gates for ``vectors`` (SDM vol. 3, 6.14.1) to ``mov al, v; out 0x10, al; jmp $``, on the current stack."""
+    """Gates for ``vectors`` (SDM vol. 3, 6.14.1) to ``mov al, v; out 0x10, al; jmp $``."""
     guest.memory.write(GDT * PAGE_SIZE, struct.pack("<3Q", 0, _CODE64, _DATA))
     for number, vector in enumerate(vectors):
         handler = HANDLERS * PAGE_SIZE + 16 * number
