@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
+from pykvm.guest.workload_config import Region
 from pykvm.memory import PAGE_SIZE
 
 _MASK: Final = (1 << 64) - 1
@@ -49,41 +50,24 @@ class GuestReport:
     corruptions: tuple[Corruption, ...]
 
 
-class _Geometry(Protocol):
-    @property
-    def data(self) -> int: ...
-    @property
-    def step(self) -> int: ...
-
-
 def explain(
-    address: int,
-    found: int,
-    visit: int,
-    ledger: int | None,
-    keys: tuple[int, int],
-    *,
-    strings: bool,
-    region_data: _Geometry,
+    address: int, found: int, visit: int, region: Region, keys: tuple[int, int], *, strings: bool
 ) -> tuple[str, int]:
     """Why the word at linear ``address`` does not hold the value of ``visit``: (sentence, suspect address).
 
     A stamp can be turned back into the visit that wrote it.  A value from a later visit than the ledger
     knows means that the ledger's page went back in time, any other one that the data page did.
-    ``ledger`` is the address of the page's ledger entry, None for the shared counter of ``smp``.
     """
-    if ledger is None:
-        return "the shared counter went backwards", address
     if strings:
-        base = region_data.data + (address - region_data.data) // region_data.step * region_data.step
-        value = found
-    else:
-        base = address
-        value = -found & _MASK if address % PAGE_SIZE >= PAGE_SIZE // 2 else found
+        base, value = address - (address - region.data) % region.step, found
+    elif address % PAGE_SIZE < PAGE_SIZE // 2:
+        base, value = address, found
+    else:  # the second word of a pair is the negative of the first, mirrored into the upper half
+        base, value = (address & -PAGE_SIZE) + PAGE_SIZE - 8 - address % PAGE_SIZE, -found & _MASK
     wrote = _visit_of(value, base, keys)
     expected = max(visit, 0)
     if found and wrote > expected and wrote < _PLAUSIBLE_VISITS:
-        return f"the ledger is older than the data, which visit {wrote} wrote", ledger
+        return f"the ledger is older than the data, which visit {wrote} wrote", region.ledger_entry(address)
     if found == 0:
         return f"zero instead of what visit {expected} wrote", address
     if wrote < expected:

@@ -126,12 +126,13 @@ class WorkloadGuest:
     def _record(self, vcpu: int, block: bytes, number: int) -> Corruption:
         at = Block.RECORD + (number << RECORD_SHIFT)
         address, expected, found, visit = struct.unpack_from("<QQQq", block, at)
-        region = self.layout.regions[vcpu]
-        ledger = region.ledger_entry(address) if address != self.layout.shared else None
-        keys = (_field(block, Block.KEY1), _field(block, Block.KEY2))
-        cause, suspect = explain(
-            address, found, visit, ledger, keys, strings=self.config.workload == "strings", region_data=region
-        )
+        if address == self.layout.shared:
+            cause, suspect = "the shared counter went backwards", address
+        else:
+            keys = (_field(block, Block.KEY1), _field(block, Block.KEY2))
+            strings = self.config.workload == "strings"
+            region = self.layout.regions[vcpu]
+            cause, suspect = explain(address, found, visit, region, keys, strings=strings)
         return Corruption(
             vcpu=vcpu,
             gpa=gpa_of(address),
