@@ -73,7 +73,8 @@ class MemorySlot:
         memory: GuestMemory,
         offset: int,
     ) -> None:
-        self._vm: VmMemory | None = vm
+        self.owner: VmMemory | None = vm
+        """The slot's VM; None when the slot is gone."""
         self.id = slot_id
         self.gpa = gpa
         self.size = size
@@ -89,7 +90,7 @@ class MemorySlot:
 
     @property
     def alive(self) -> bool:
-        return self._vm is not None
+        return self.owner is not None
 
     @property
     def base_gfn(self) -> int:
@@ -102,10 +103,14 @@ class MemorySlot:
     @property
     def vm(self) -> VmMemory:
         """The slot's VM.  Raises ClosedError when the slot is gone."""
-        vm = self._vm
+        vm = self.owner
         if vm is None:
-            raise ClosedError(f"Slot {self.id} was deleted; create a new one.")
+            raise self.closed_error()
         return vm
+
+    def closed_error(self) -> ClosedError:
+        """To raise when the slot is used after its end."""
+        return ClosedError(f"Slot {self.id} was deleted; create a new one.")
 
     def set_flags(self, flags: SlotFlags) -> None:
         self.vm.change_slot(self, self.gpa, SlotFlags(flags))
@@ -118,8 +123,8 @@ class MemorySlot:
 
     def retire(self) -> None:
         """The kernel no longer uses the memory: let it go."""
-        if self._vm is not None:
-            self._vm = None
+        if self.owner is not None:
+            self.owner = None
             self.memory.unpin()
 
     def __repr__(self) -> str:
@@ -312,7 +317,7 @@ class VmMemory(Managed):
         """Move a slot or change its flags (one of both, as the kernel demands)."""
         with self._slots_lock:
             if not slot.alive:
-                raise ClosedError(f"Slot {slot.id} was deleted; create a new one.")
+                raise slot.closed_error()
             if gpa != slot.gpa:
                 self._before_slot_change()
             self._set(slot, gpa, flags)
@@ -343,10 +348,12 @@ class VmMemory(Managed):
     # --- the dirty bitmap ------------------------------------------------------------------------
 
     def _own(self, slot: Slot) -> MemorySlot:
-        if not isinstance(slot, MemorySlot) or (slot.alive and slot.vm is not self):
-            raise UsageError("The slot belongs to another machine.")
-        slot.vm  # noqa: B018 - raises ClosedError for a deleted slot
-        return slot
+        if isinstance(slot, MemorySlot):
+            if slot.owner is self:
+                return slot
+            if slot.owner is None:
+                raise slot.closed_error()
+        raise UsageError("The slot belongs to another machine.")
 
     def get_dirty_bitmap(self, slot: Slot) -> npt.NDArray[np.uint64]:
         """KVM_GET_DIRTY_LOG (api.rst 4.8) as 64-bit words.
