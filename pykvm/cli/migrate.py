@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from pykvm.backends import open_system
 from pykvm.cli import migrate_receive, migrate_send
@@ -54,6 +55,10 @@ def command(context: click.Context, session: Session, /, **options: Any) -> None
     """
     if context.invoked_subcommand is None:
         _both(session, **options)
+        return
+    for name in options:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"Options go behind '{context.invoked_subcommand}'.", context)
 
 
 def _both(

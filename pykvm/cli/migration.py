@@ -97,12 +97,12 @@ def policy_options(command: Command) -> Command:
 
 
 class ProgressDisplay:
-    """The newest progress in one line of a terminal; elsewhere a line for each phase and round."""
+    """The newest progress in one line of a terminal; elsewhere a line for each phase and finished round."""
 
     def __init__(self, session: Session) -> None:
         self._console = session.progress
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
-        self._shown: tuple[Phase, int] | None = None
+        self._phase: Phase | None = None
         self.rounds: list[RoundResult] = []
 
     def __enter__(self) -> Self:
@@ -118,13 +118,13 @@ class ProgressDisplay:
     def __call__(self, progress: Progress) -> None:
         if progress.completed is not None:
             self.rounds.append(progress.completed)
-            return
-        text = _progress_text(progress)
         if self._console.is_terminal:
-            self._live.update(Text(text), refresh=True)
-        elif self._shown != (progress.phase, progress.round):
-            self._console.print(text, markup=False)
-        self._shown = progress.phase, progress.round
+            self._live.update(Text(_progress_text(progress)), refresh=True)
+        elif progress.completed is not None:
+            self._console.print(_round_text(progress.completed), markup=False)
+        elif progress.phase is not self._phase and progress.phase is not Phase.COPY:
+            self._console.print(_progress_text(progress), markup=False)
+        self._phase = progress.phase
 
 
 def _progress_text(progress: Progress) -> str:
@@ -139,6 +139,13 @@ def _progress_text(progress: Progress) -> str:
     if progress.estimate is not None:
         text += f", about {seconds_text(progress.estimate)} left"
     return text
+
+
+def _round_text(done: RoundResult) -> str:
+    text = (
+        f"round {done.number}: {plural(done.pages + done.zero_pages, 'page')} in {seconds_text(done.seconds)}"
+    )
+    return text if done.final else f"{text}, {count_text(done.pages_dirtied)} dirtied meanwhile"
 
 
 class Sending:
@@ -200,7 +207,11 @@ class Sending:
         intact = not result.guest.corruptions and not result.guest.failure
         self._session.document |= result.to_json() | {"verified": result.verified and intact}
         problem = "" if intact else "The guest found its memory damaged at the destination, or failed there."
-        self._show(self._report(result, verified=intact, problem=problem))
+        report = self._report(result, verified=intact, problem=problem)
+        self._session.out.print(rounds_table(report))
+        self._session.out.print()
+        self._session.out.print(summary_table(report))
+        self._write(report)
         result.guest.require_intact()
 
     def failed(self, error: Exception, guest: WorkloadGuest) -> None:
@@ -211,7 +222,10 @@ class Sending:
             "wrong_pages": list(wrong),
             "guest_at_source": _fate(guest),
         }
-        self._show(self._report(None, verified=False, problem=str(error), wrong=wrong), quiet=True)
+        report = self._report(None, verified=False, problem=str(error), wrong=wrong)
+        if report.rounds:
+            self._session.progress.print(rounds_table(report))
+        self._write(report)
         fate = self._session.document["guest_at_source"]
         if fate["running"]:
             self._session.note(
@@ -235,11 +249,7 @@ class Sending:
             "sabotage": self._sabotage,
         }
 
-    def _show(self, report: MigrationReport, *, quiet: bool = False) -> None:
-        if not quiet:
-            self._session.out.print(rounds_table(report))
-            self._session.out.print()
-            self._session.out.print(summary_table(report))
+    def _write(self, report: MigrationReport) -> None:
         if self._report_path is not None:
             write_text(self._report_path, migration_page(report))
             self._session.document["report"] = str(self._report_path)
@@ -261,8 +271,8 @@ class Sending:
             transport=self._transport,
             rounds=rounds,
             total_seconds=result.total_seconds if result else sum(item.seconds for item in rounds),
-            downtime_seconds=result.downtime_seconds if result else 0.0,
-            digest_seconds=result.digest_seconds if result else 0.0,
+            downtime_seconds=result.downtime_seconds if result else None,
+            digest_seconds=result.digest_seconds if result else None,
             bytes_sent=result.bytes_sent if result else sum(item.bytes for item in rounds),
             pages_total=self._config.memory // PAGE_SIZE,
             digest_source=result.digest_source if result else "",
@@ -270,7 +280,7 @@ class Sending:
             guest_checks=guest.checks,
             guest_corruptions=guest.corruptions,
             problem=problem,
-            wrong_gfns=wrong,
+            wrong_pages=wrong,
             parameters={
                 "Privilege level of the guest": f"CPL {self._config.cpl}",
                 "Seed": str(self._config.seed),

@@ -147,9 +147,9 @@ def heat_map(report: MigrationReport) -> str:
             # A hair wider than the bin, so that neighbours leave no seam between them.
             kind = f"h{level(count, sizes[index])}"
             parts.append(_rect(_LEFT + index * width, y, width + 0.3, row_height, kind, title))
-    for gfn in report.wrong_gfns[:64]:
-        x = _LEFT + (WIDTH - 12.0 - _LEFT) * gfn / report.pages_total
-        title = f"page {gfn:#x} differs between the two sides"
+    for page in report.wrong_pages[:64]:
+        x = _LEFT + (WIDTH - 12.0 - _LEFT) * page / report.pages_total
+        title = f"page {page:#x} differs between the two sides"
         parts.append(_rect(x - 1, 0, 2, len(rows) * (row_height + gap), "wrong", title))
     y = len(rows) * (row_height + gap) + 16
     parts.append(_text(_LEFT, y, "guest address 0", "axis"))

@@ -24,6 +24,17 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _lines(value: Any, indent: str) -> str:
+    """Indented JSON with a line for each member, but lists of scalars on one line."""
+    inner = indent + "  "
+    if isinstance(value, dict) and value:
+        members = (f"{inner}{json.dumps(key)}: {_lines(item, inner)}" for key, item in value.items())
+        return "{\n" + ",\n".join(members) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        return "[\n" + ",\n".join(inner + _lines(item, inner) for item in value) + f"\n{indent}]"
+    return json.dumps(value, allow_nan=False)
+
+
 def encode(document: dict[str, Any]) -> str:
     """The document as indented JSON with a newline at the end; NaN and infinity become null."""
-    return json.dumps(_plain(document), indent=2, allow_nan=False) + "\n"
+    return _lines(_plain(document), "") + "\n"

@@ -40,7 +40,8 @@ header p { flex-basis: 100%; margin: 0; color: var(--soft); }
   gap: 12px; margin-bottom: 16px; }
 section, .tile { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; }
 .tile { padding: 12px 16px; }
-.tile b { display: block; font-size: 22px; font-weight: 650; font-variant-numeric: tabular-nums; }
+.tile b { display: block; font-size: 21px; font-weight: 650; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
 .tile span, .note { color: var(--soft); font-size: 13px; }
 .note { margin: 0 0 14px; }
 section { padding: 18px 20px; margin-bottom: 16px; overflow-x: auto; }
@@ -60,12 +61,16 @@ svg text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans
 .axis { fill: var(--soft); } .label { fill: var(--ink); }
 .grid { stroke: var(--rule); } .tick { stroke: var(--soft); }
 .wrong { fill: var(--bad); }
-.block { fill: var(--block); } .block.final { fill: var(--final); }
+.block { fill: var(--block); stroke: var(--card); } .block.final { fill: var(--final); }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 16px; margin-top: 8px;
   font-size: 13px; color: var(--soft); }
 .legend i { display: inline-block; width: 14px; height: 14px; border-radius: 3px;
   margin-right: 6px; vertical-align: -2px; }
 """ + "".join(f".h{n} {{ fill: var(--h{n}); }} i.h{n} {{ background: var(--h{n}); }}\n" for n in range(7))
+
+
+def _seconds(seconds: float | None) -> str:
+    return "none" if seconds is None else seconds_text(seconds)
 
 
 def _tile(value: str, name: str) -> str:
@@ -117,8 +122,8 @@ def _facts(report: MigrationReport) -> str:
         "Checks by the guest at the destination": count_text(report.guest_checks),
         "Corruptions it found": count_text(report.guest_corruptions),
     }
-    if report.wrong_gfns:
-        facts["Pages that differ (gfn)"] = ", ".join(f"{gfn:#x}" for gfn in report.wrong_gfns[:64])
+    if report.wrong_pages:
+        facts["Pages that differ"] = ", ".join(f"{page:#x}" for page in report.wrong_pages[:64])
     facts |= report.parameters
     return (
         "<dl>"
@@ -144,12 +149,12 @@ def migration_page(report: MigrationReport) -> str:
     if report.problem:
         problem = f'<p class="problem">{escape(report.problem)}</p>'
     tiles = (
-        _tile(seconds_text(report.downtime_seconds), "downtime")
+        _tile(_seconds(report.downtime_seconds), "downtime")
         + _tile(seconds_text(report.total_seconds), "total time")
         + _tile(str(len(report.rounds)), "rounds")
         + _tile(bytes_text(report.bytes_sent), "sent")
         + _tile(rate_text(report.throughput), "throughput")
-        + _tile(seconds_text(report.digest_seconds), "digests, not in the downtime")
+        + _tile(_seconds(report.digest_seconds), "digests, not in the downtime")
     )
     heat = heat_map(report)
     heat_section = (

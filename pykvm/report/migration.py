@@ -34,7 +34,8 @@ class Round:
 class MigrationReport:
     """A finished migration.  ``verified`` means equal digests and a destination guest that found no damage.
 
-    ``parameters`` are shown as they are, in their order.  ``wrong_gfns`` names pages that differ.
+    Seconds are None and digests empty where the migration did not come that far.  ``wrong_pages``: numbers of
+    pages that differ, within the guest's memory.  ``parameters`` are shown as they are, in their order.
     """
 
     verified: bool
@@ -46,8 +47,8 @@ class MigrationReport:
     transport: str
     rounds: tuple[Round, ...]
     total_seconds: float
-    downtime_seconds: float
-    digest_seconds: float
+    downtime_seconds: float | None
+    digest_seconds: float | None
     bytes_sent: int
     pages_total: int
     digest_source: str
@@ -55,7 +56,7 @@ class MigrationReport:
     guest_checks: int
     guest_corruptions: int
     problem: str = ""
-    wrong_gfns: tuple[int, ...] = ()
+    wrong_pages: tuple[int, ...] = ()
     parameters: dict[str, str] = field(default_factory=dict)
 
     @property

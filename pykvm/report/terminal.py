@@ -63,12 +63,12 @@ def summary_table(report: MigrationReport) -> Table:
         f"{report.workload}, {bytes_text(report.memory)}, {plural(report.vcpus, 'vCPU')}, "
         f"tracker {report.tracker}, backend {report.backend}, {report.transport}",
     )
-    table.add_row("downtime", seconds_text(report.downtime_seconds))
-    table.add_row(
-        "total",
-        f"{seconds_text(report.total_seconds)} in {len(report.rounds)} rounds, "
-        f"of these {seconds_text(report.digest_seconds)} for the digests",
-    )
+    if report.downtime_seconds is not None:
+        table.add_row("downtime", seconds_text(report.downtime_seconds))
+    total = f"{seconds_text(report.total_seconds)} in {plural(len(report.rounds), 'round')}"
+    if report.digest_seconds is not None:
+        total += f", of these {seconds_text(report.digest_seconds)} for the digests"
+    table.add_row("total", total)
     table.add_row("sent", f"{bytes_text(report.bytes_sent)} at {rate_text(report.throughput)}")
     table.add_row(
         "digests",

@@ -1,12 +1,10 @@
-"""Quantities as people read them: binary units, three digits, thin spacing between number and unit."""
+"""Quantities as people read them: binary units and three digits."""
 
 from __future__ import annotations
 
 
 def _three_digits(value: float) -> str:
-    if value >= 100 or value == int(value):
-        return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
 def bytes_text(count: float) -> str:

@@ -112,7 +112,9 @@ def test_everything_from_outside_is_escaped() -> None:
 
 
 def test_a_failed_migration_says_so_and_marks_the_page() -> None:
-    text = migration_page(replace(REPORT, verified=False, problem="Page 0x201 differs.", wrong_gfns=(0x201,)))
+    text = migration_page(
+        replace(REPORT, verified=False, problem="Page 0x201 differs.", wrong_pages=(0x201,))
+    )
     page = Page(text)
     assert "✗ failed" in page.text
     assert "✓ verified" not in page.text
@@ -143,6 +145,14 @@ def test_json_has_no_values_that_parsers_reject() -> None:
         {"rate": float("inf"), "none": float("nan"), "n": np.int64(3), "a": np.array([1.5]), "t": (1,)}
     )
     assert json.loads(text) == {"rate": None, "none": None, "n": 3, "a": [1.5], "t": [1]}
+
+
+def test_json_keeps_a_list_of_numbers_on_one_line() -> None:
+    document = {"heat": [1, 2, 3], "rounds": [{"n": 1}, {"n": 2}], "none": {}, "nested": [[1], []]}
+    text = encode(document)
+    assert json.loads(text) == document
+    assert '  "heat": [1, 2, 3],\n' in text
+    assert text.count("\n") == 16
 
 
 def test_tables_render_for_a_terminal() -> None:

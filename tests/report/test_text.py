@@ -9,7 +9,7 @@ from pykvm.report.text import bytes_text, count_text, plural, rate_text, seconds
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (256 << 20, "256 MiB"), (1 << 50, "1024 TiB")],
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (256 << 20, "256 MiB"), (1 << 50, "1024 TiB")],
 )
 def test_bytes(count: int, text: str) -> None:
     assert bytes_text(count) == text
@@ -17,7 +17,15 @@ def test_bytes(count: int, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.0, "0 µs"), (0.0000125, "12.5 µs"), (0.0123, "12.3 ms"), (1.5, "1.50 s"), (185, "3 min 5 s")],
+    [
+        (0.0, "0 µs"),
+        (0.0000125, "12.5 µs"),
+        (0.0123, "12.3 ms"),
+        (0.1, "100 ms"),
+        (0.0999999, "100 ms"),
+        (1.5, "1.5 s"),
+        (185, "3 min 5 s"),
+    ],
 )
 def test_seconds(seconds: float, text: str) -> None:
     assert seconds_text(seconds) == text
