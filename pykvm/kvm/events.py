@@ -52,8 +52,9 @@ class VcpuEventState(Managed):
     def interrupt(self, vector: int) -> None:
         """KVM_INTERRUPT (api.rst 4.16): queue an external interrupt as a PIC would (vector 0 to 255).
 
-        It is delivered when RFLAGS.IF allows; ask with ``request_interrupt_window`` for that moment.
-        Raises KvmError: EINVAL above 255, EEXIST while one is queued, ENXIO with a PIC in the kernel.
+        It is delivered when RFLAGS.IF allows; ask with ``request_interrupt_window`` for that moment, since
+        a second one takes the place of one not yet delivered.  Raises KvmError: EINVAL above 255, ENXIO
+        with a PIC in the kernel, EEXIST while one is queued beside a LAPIC in the kernel (split irqchip).
         """
         request = ffi.new("struct kvm_interrupt *")
         fill(request, irq=vector)
