@@ -144,8 +144,12 @@ class Channel:
 
     # --- end -------------------------------------------------------------------------------------
 
+    def release(self) -> None:
+        """Close this process's descriptor only: the connection belongs to a child process from here on."""
+        self._socket.close()
+
     def close(self) -> None:
-        """End the connection at once."""
+        """End the connection at once, for every process that has it."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()

@@ -56,6 +56,8 @@ Fence = Callable[[], bool]
 """Makes sure that the destination is dead, and says whether it is (killing it is a fine way)."""
 
 _ABORT_SECONDS = 1.0
+_SLOT_BYTES_PER_SECOND = 32 << 30
+"""KVM allocates 10 bytes per page of a memslot: 6 s for 1 TiB were seen (docs/reference/hosts.md G)."""
 
 
 def send(
@@ -188,7 +190,8 @@ class _Source:
             backend=machine.backend,
             guest=asdict(self._guest.config),
         ).send(self._channel)
-        return self._session.expect(Accept).backend
+        patience = self._channel.timeout + self._guest.memory.size / _SLOT_BYTES_PER_SECOND
+        return self._session.expect(Accept, patience).backend
 
     def _pause(self) -> None:
         if self._was_running:
