@@ -103,15 +103,16 @@ class DeviceBus:
         What devices raise comes through: GuestFinished ends the run, anything else fails it.
         """
         if isinstance(exit, IoOut):
-            self._out(vcpu, exit)
+            port, size, data, repeat = exit
+            device = self._ports.get(port)
+            if device is not None and repeat == 1:  # by far the most frequent exit
+                device.port_out(vcpu, port, size, int.from_bytes(data, "little"))
+            else:
+                self._out(vcpu, exit)
         elif isinstance(exit, IoIn):
             self._in(vcpu, exit)
         elif isinstance(exit, MmioWrite):
-            device = self._at(exit.gpa)
-            if device is None:
-                self._note(f"write {exit.gpa:#x}")
-            else:
-                device.mmio_write(vcpu, exit.gpa, exit.data)
+            self._write(vcpu, exit)
         elif isinstance(exit, MmioRead):
             self._read(vcpu, exit)
         else:
@@ -151,6 +152,13 @@ class DeviceBus:
     def _reaches_a_device(self, port: int, size: int) -> bool:
         """Whether a wide access to a free port covers a device's port; a bus splits it into bytes."""
         return size > 1 and any(port + number in self._ports for number in range(1, size))
+
+    def _write(self, vcpu: Vcpu, exit: MmioWrite) -> None:
+        device = self._at(exit.gpa)
+        if device is None:
+            self._note(f"write {exit.gpa:#x}")
+        else:
+            device.mmio_write(vcpu, exit.gpa, exit.data)
 
     def _read(self, vcpu: Vcpu, exit: MmioRead) -> None:
         device = self._at(exit.gpa)
