@@ -14,7 +14,7 @@ _TSC_REFUSALS: Refusals = {
     errno.EIO: (KvmError, "this host's TSC is not stable, so the guest's has no frequency to tell."),
     errno.EINVAL: (
         KvmError,
-        "the frequency is 0 or not the host's, and this host cannot scale the TSC (KVM_CAP_TSC_CONTROL).",
+        "the frequency is 0 or below the host's, and this host cannot scale the TSC (KVM_CAP_TSC_CONTROL).",
     ),
     errno.ENOTTY: (KvmError, "setting it for a VM needs KVM_CAP_VM_TSC_CONTROL and a newer kernel."),
 }
@@ -33,7 +33,8 @@ class _Tsc(Managed):
     def set_tsc_khz(self, khz: int) -> None:
         """KVM_SET_TSC_KHZ (api.rst 4.55, KVM_CAP_TSC_CONTROL unless it is the host's; VM: VM_TSC_CONTROL).
 
-        Raises UsageError beyond 32 bits, KvmError (EINVAL) for a frequency that the host cannot scale to.
+        Without scaling KVM imitates a faster TSC by leaps and refuses a slower one.  Raises UsageError beyond
+        32 bits, KvmError (EINVAL).
         """
         if not 0 <= khz < 1 << 32:
             raise UsageError(f"A TSC frequency of {khz} kHz is not an unsigned 32-bit number.")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _XSAVE_BYTES = 4096  # sizeof(struct kvm_xsave) without the extra part
 _X87_SCALARS = ("fcw", "fsw", "ftwx", "last_opcode", "last_ip", "last_dp")
 _XSTATE_BV = 512  # of the XSAVE header: components that are not in their initial state (SDM vol. 1, 13.4.2)
+_MXCSR = slice(24, 28)  # of the legacy region (SDM vol. 1, table 10-2)
 _X87, _SSE = 1, 2
 _XSAVE_REFUSALS: Refusals = {
     errno.EINVAL: (KvmError, "the area names components (XSTATE_BV) or MXCSR bits that host or guest lack.")
@@ -38,12 +39,14 @@ class VcpuFloating(Managed):
         """KVM_GET_FPU (api.rst 4.22) as the guest sees it.
 
         The ioctl copies what lies in memory, which is stale for a part in its initial state (the processor
-        does not write such parts out); XSTATE_BV tells which are, and those read as initial here.
+        does not write such parts out); XSTATE_BV tells which are, and those read as initial here.  Nor does
+        it know MXCSR, which comes from the XSAVE area.
         """
         fpu = ffi.new("struct kvm_fpu *")
         self.ioctl(lib.KVM_GET_FPU, fpu, "KVM_GET_FPU")
-        in_use = self.get_xsave()[_XSTATE_BV]
-        value = FloatingPoint(mxcsr=fpu.mxcsr)
+        area = self.get_xsave()
+        in_use = area[_XSTATE_BV]
+        value = FloatingPoint(mxcsr=int.from_bytes(area[_MXCSR], "little"))
         if in_use & _X87:
             value.fpr = tuple(bytes(ffi.buffer(register)) for register in fpu.fpr)
             for name in _X87_SCALARS:
@@ -55,20 +58,22 @@ class VcpuFloating(Managed):
     def set_fpu(self, value: FloatingPoint) -> None:
         """KVM_SET_FPU (api.rst 4.23); leaves the extended components alone.
 
-        The ioctl alone is without effect on a part in its initial state, as that of a fresh vCPU: such
-        parts are marked as in use first.  Raises UsageError for values that do not fit.
+        The ioctl alone is without effect on a part in its initial state, as that of a fresh vCPU, and on
+        MXCSR: KVM_SET_XSAVE marks the parts as in use first.  Raises UsageError for values that do not fit,
+        KvmError (EINVAL) for reserved bits of MXCSR.
         """
         fpu = ffi.new("struct kvm_fpu *")
-        fill(fpu, mxcsr=value.mxcsr, **{name: getattr(value, name) for name in _X87_SCALARS})
+        fill(fpu, mxcsr=value.mxcsr)
+        fill(fpu, **{name: getattr(value, name) for name in _X87_SCALARS})
         for target, registers in ((fpu.fpr, value.fpr), (fpu.xmm, value.xmm)):
             if len(registers) != len(target) or any(len(register) != 16 for register in registers):
                 raise UsageError("There are 8 x87 and 16 XMM registers of 16 bytes each.")
             for slot, register in zip(target, registers, strict=True):
                 ffi.memmove(slot, register, 16)
         area = bytearray(self.get_xsave())
-        if area[_XSTATE_BV] & (_X87 | _SSE) != _X87 | _SSE:
-            area[_XSTATE_BV] |= _X87 | _SSE
-            self.set_xsave(bytes(area))
+        area[_XSTATE_BV] |= _X87 | _SSE
+        area[_MXCSR] = value.mxcsr.to_bytes(4, "little")
+        self.set_xsave(bytes(area))
         self.ioctl(lib.KVM_SET_FPU, fpu, "KVM_SET_FPU")
 
     def get_xsave(self) -> bytes:

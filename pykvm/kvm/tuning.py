@@ -52,9 +52,11 @@ class VmTuning(Extensions, Switches):
 
         They replace an earlier choice.  Raises CapabilityError for one that the host does not know.
         """
-        unknown = quirks & ~self.quirks
+        unknown = int(quirks) & ~int(self.quirks)
         if unknown:
-            raise CapabilityError(f"This host cannot switch off {unknown!r}; ask 'quirks' for those it can.")
+            raise CapabilityError(
+                f"This host cannot switch off {Quirk(unknown)!r}; ask 'quirks' for those it can."
+            )
         self.enable_cap(Capability.DISABLE_QUIRKS2, int(quirks))
 
     def set_tss_address(self, gpa: int) -> None:
