@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import time
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from pykvm.abi import ffi, lib
@@ -28,6 +29,17 @@ _PACKED_IO = lib.PYKVM_RUN_PACKED_IO
 _KICKED = lib.PYKVM_RUN_KICKED
 _INTERRUPTED = lib.PYKVM_RUN_INTERRUPTED
 _POLL_SECONDS = 20e-6
+
+
+@lru_cache(maxsize=1024)
+def _unpack(code: int) -> IoOut | IoIn:
+    """The port access in pykvm_vcpu_run's result (hot/run.c).
+
+    Remembered, since a guest makes the same few accesses over and over, and making a tuple takes as long as
+    the way to the kernel and back.
+    """
+    port, size = code >> 20 & 0xFFFF, code >> 16 & 7
+    return IoOut(port, size, (code >> 36).to_bytes(size, "little")) if code & 0x4000 else IoIn(port, size)
 
 
 class KvmVcpu(VcpuSnapshot, VcpuCoalesced, VcpuDebug, VcpuSync, VcpuStatistics, Switches):
@@ -89,11 +101,10 @@ class KvmVcpu(VcpuSnapshot, VcpuCoalesced, VcpuDebug, VcpuSync, VcpuStatistics, 
             # Between two calls the interpreter runs Python's signal handlers, Ctrl-C among them.
             code = _run(self._state, page)
         if code > _PACKED_IO:
-            size = code >> 16 & 7
-            if code & 0x4000:
-                return IoOut(code >> 20 & 0xFFFF, size, (code >> 36).to_bytes(size, "little"))
-            self._answer = (page.u.io.data_offset, size)
-            return IoIn(code >> 20 & 0xFFFF, size)
+            result = _unpack(code)
+            if isinstance(result, IoIn):
+                self._answer = (page.u.io.data_offset, result.size)
+            return result
         return self._slow(code, page)
 
     def _slow(self, code: int, page: CData) -> Exit:
@@ -186,7 +197,10 @@ class KvmVcpu(VcpuSnapshot, VcpuCoalesced, VcpuDebug, VcpuSync, VcpuStatistics, 
     # --- lifetime --------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Close the vCPU; a thread inside ``run`` is kicked out and its next call raises ClosedError."""
+        """Close the vCPU; a thread inside ``run`` is kicked out and its next call raises ClosedError.
+
+        Its dirty ring stays with the VM: what it holds was written and is still to be collected.
+        """
         page = self._page
         inside = lib.pykvm_handle_close(self._handle)
         if page is not None and inside:
@@ -194,5 +208,3 @@ class KvmVcpu(VcpuSnapshot, VcpuCoalesced, VcpuDebug, VcpuSync, VcpuStatistics, 
         self._page = None
         self._mapping = None
         self.close_statistics()
-        if self.ring is not None:
-            self.ring.close()

@@ -83,8 +83,10 @@ class KvmVm(VmRings, VmSnapshot, VmIoEvents, VmTuning, VmCpuid, Measured):
         self.enable_cap(Capability.MANUAL_DIRTY_LOG_PROTECT2, flags)
 
     def close(self) -> None:
-        """Close the vCPUs (kicking those that run), then the VM; its slots let their memory go."""
-        vcpus = list(self._vcpus)
+        """Close the VM and its vCPUs, kicking those that run; its slots let their memory go."""
+        super().close()
+        with self._slots_lock:
+            vcpus = list(self._vcpus)  # no further one can be made
         for vcpu in vcpus:
             vcpu.close()
         # The guest must be out before its memory goes.  It was kicked, so this takes microseconds.
@@ -92,7 +94,12 @@ class KvmVm(VmRings, VmSnapshot, VmIoEvents, VmTuning, VmCpuid, Measured):
         while any(vcpu.running for vcpu in vcpus) and time.monotonic() < deadline:
             time.sleep(20e-6)
         self.close_statistics()
-        super().close()
+        with self._ring_lock:
+            for vcpu in vcpus:
+                if vcpu.ring is not None:
+                    vcpu.ring.close()
+        if any(vcpu.running for vcpu in vcpus):
+            return  # memory that a guest still reaches stays mapped, rather than become somebody else's
         with self._slots_lock:
             for slot in self._slots.values():
                 slot.retire()

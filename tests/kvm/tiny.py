@@ -38,8 +38,8 @@ COUNT_FOR_EVER = b"\x48\xff\xc1\xeb\xfb"
 """again: inc rcx; jmp again"""
 OUT_FOR_EVER = DONE + b"\xeb\xfc"
 """again: out 0x10, al; jmp again"""
-ROUND_FOR_EVER = b"\x49\x89\xf8\x4c\x89\xc9" + STORES[:-2] + b"\x4c\x89\xc7\xeb\xed"
-"""mov r8, rdi; top: mov rcx, r9; (STORES' loop); mov rdi, r8; jmp top: stores to r9 pages again and again"""
+ROUND_FOR_EVER = bytes.fromhex("4c89c7 4c89c9 48ffc3 48891f 4801d7 48ffc9 75f2 ebea")
+"""top: mov rdi, r8; mov rcx, r9; again: inc rbx; mov [rdi], rbx; add rdi, rdx; dec rcx; jnz again; jmp top"""
 
 _P, _W, _U, _A, _D = 1, 2, 4, 0x20, 0x40
 
