@@ -57,6 +57,27 @@ static void unblock_kick_signal(void)
     }
 }
 
+/* gettid, asked once a thread: a system call for each exit would be a good part of the exit's cost. */
+static __thread int own_thread_id;
+
+static void forget_thread_id(void)
+{
+    own_thread_id = 0;
+}
+
+/* The thread that forks is another one in the child. */
+__attribute__((constructor)) static void watch_forks(void)
+{
+    pthread_atfork(NULL, NULL, forget_thread_id);
+}
+
+static int thread_id(void)
+{
+    if (!own_thread_id)
+        own_thread_id = (int)syscall(SYS_gettid);
+    return own_thread_id;
+}
+
 static int listened(const struct pykvm_vcpu *vcpu, unsigned int port, unsigned int size)
 {
     for (unsigned int p = port; p < port + size && p < 0x10000; p++)
@@ -72,7 +93,7 @@ long pykvm_vcpu_run(struct pykvm_vcpu *vcpu, struct pykvm_run_page *run)
     if (result)
         return result;
     unblock_kick_signal();
-    __atomic_store_n(&vcpu->tid, (int)syscall(SYS_gettid), __ATOMIC_SEQ_CST);
+    __atomic_store_n(&vcpu->tid, thread_id(), __ATOMIC_SEQ_CST);
     for (;;) {
         struct pykvm_run_io *io = &run->u.io;
 
