@@ -235,7 +235,7 @@ class HandoverUnknownError(PykvmError):
 
 
 class DestinationLostError(PykvmError):
-    """The destination took the guest over and then fell silent: the guest was its own, and went with it."""
+    """The destination ran the guest and then fell silent: the guest is its own and runs here no more."""
 
     exit_status = 12
 
