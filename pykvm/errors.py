@@ -141,15 +141,16 @@ class RingOverflowError(PykvmError):
     exit_status = 9
 
 
-class MsrError(PykvmError):
-    """KVM refused to read or write a model-specific register; ``index`` says which."""
+class MsrError(KvmError):
+    """KVM refused to read or write a model-specific register; ``index`` says which.
 
-    exit_status = 6
+    The ioctl itself succeeds and tells how far it came; EINVAL stands for that.
+    """
 
     def __init__(self, index: int, operation: str, advice: str) -> None:
-        super().__init__(f"{operation} stopped at MSR {index:#x}: {advice}")
+        super().__init__(_errno.EINVAL, operation)
+        self.strerror = f"{operation} stopped at MSR {index:#x}: {advice}"
         self.index = index
-        self.operation = operation
 
 
 class PendingExitError(PykvmError):
