@@ -244,9 +244,12 @@ class FakeGuest:
 
     @classmethod
     def adopt(cls, machine: Machine, memory: GuestMemory, description: Mapping[str, Any]) -> FakeGuest:
-        if set(description) != {"pages", "hot", "seed"}:
+        if set(description) != {"pages", "hot", "seed"} or any(type(n) is not int for n in description.values()):
             raise UsageError("odd description")
-        return cls(machine, memory, FakeConfig(**description))  # type: ignore[arg-type]
+        config = FakeConfig(**description)
+        if not 2 <= config.hot <= config.pages <= memory.size // PAGE_SIZE:
+            raise UsageError("numbers that do not fit each other")
+        return cls(machine, memory, config)  # type: ignore[arg-type]
 
     def _step(self) -> None:
         config = self.config
@@ -254,7 +257,7 @@ class FakeGuest:
         page = self._random.randrange(1, config.hot if hot else config.pages)
         with self.machine.lock:
             vcpu = self.machine.vcpus[0]
-            count = vcpu.state.registers.rax + 1
+            count = (vcpu.state.registers.rax + 1) % (1 << 50)
             vcpu.state = replace(vcpu.state, registers=replace(vcpu.state.registers, rax=count))
             at = page * PAGE_SIZE // 8
             expected, found = int(self._view[page]), int(self._view[at])
