@@ -244,7 +244,9 @@ class FakeGuest:
 
     @classmethod
     def adopt(cls, machine: Machine, memory: GuestMemory, description: Mapping[str, Any]) -> FakeGuest:
-        if set(description) != {"pages", "hot", "seed"} or any(type(n) is not int for n in description.values()):
+        if set(description) != {"pages", "hot", "seed"} or any(
+            type(n) is not int for n in description.values()
+        ):
             raise UsageError("odd description")
         config = FakeConfig(**description)
         if not 2 <= config.hot <= config.pages <= memory.size // PAGE_SIZE:

@@ -176,7 +176,9 @@ def test_arbitrary_bytes(data: bytes) -> None:
 def test_a_truncated_stream_never_runs(data: st.DataObject) -> None:
     stream = join(valid_stream())
     last = len(valid_stream()[-1].head) + 32
-    cut = data.draw(st.one_of(st.integers(0, len(stream) - 1), st.integers(len(stream) - last, len(stream) - 1)))
+    cut = data.draw(
+        st.one_of(st.integers(0, len(stream) - 1), st.integers(len(stream) - last, len(stream) - 1))
+    )
     outcome = feed(stream[:cut])
     assert outcome.error is not None
     assert not outcome.started
@@ -261,8 +263,14 @@ def change_number(frames: list[RawFrame], random_: random.Random) -> list[RawFra
     end = where
     while end < len(text) and text[end].isdigit():
         end += 1
-    value = random_.choice(["0", "1", "-1", "4095", "4096", str(2**40), str(2**64), "1e308", "null", '"x"', "[]"])
-    return [*frames[:at], frames[at]._replace(head=(text[:where] + value + text[end:]).encode()), *frames[at + 1 :]]
+    value = random_.choice(
+        ["0", "1", "-1", "4095", "4096", str(2**40), str(2**64), "1e308", "null", '"x"', "[]"]
+    )
+    return [
+        *frames[:at],
+        frames[at]._replace(head=(text[:where] + value + text[end:]).encode()),
+        *frames[at + 1 :],
+    ]
 
 
 MUTATIONS: list[Mutation] = [
