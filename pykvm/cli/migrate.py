@@ -17,7 +17,7 @@ from pykvm.cli.options import guest_config, guest_options, tracker_of, tracker_o
 from pykvm.cli.parameters import duration_type
 from pykvm.cli.session import Session, common_options
 from pykvm.errors import PykvmError
-from pykvm.migrate import Policy, connect
+from pykvm.migrate import Address, Policy, connect
 
 
 @click.group("migrate", invoke_without_command=True, short_help="Migrate a running guest and prove it.")
@@ -77,12 +77,15 @@ def _both(
     **options: Any,
 ) -> None:
     config = guest_config(workload, options)
+    chosen = Address.parse(address) if address else None
+    if chosen is not None:
+        transport = "unix" if chosen.path else "tcp"
     sending = Sending(
         session,
         config,
         tracker_of(options),
         Policy(bandwidth or None, downtime_limit, max_rounds),
-        transport=address.partition(":")[0] if address else transport,
+        transport=transport,
         sabotage=sabotage,
         report_path=report_path,
     )
@@ -90,7 +93,7 @@ def _both(
         tempfile.TemporaryDirectory(prefix="pykvm-") as folder,
         open_system(session.backend) as system,
         DestinationProcess(
-            address or ("tcp:0" if transport == "tcp" else f"unix:{folder}/migration"),
+            str(chosen or ("tcp:0" if transport == "tcp" else f"unix:{folder}/migration")),
             backend=session.backend,
             check_seconds=check_seconds,
             max_memory=config.memory,

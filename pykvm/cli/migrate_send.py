@@ -12,7 +12,10 @@ from pykvm.cli.migration import Sending, policy_options
 from pykvm.cli.options import guest_config, guest_options, tracker_of, tracker_options
 from pykvm.cli.session import Session, common_options
 from pykvm.errors import MigrationError, PykvmError
-from pykvm.migrate import Policy, connect
+from pykvm.migrate import Address, Policy, connect
+
+_PAUSE_SECONDS = 0.5
+"""Between two attempts, for the receiver to come back."""
 
 
 @click.command("send", short_help="Start a guest here and move it to a receiver.")
@@ -45,22 +48,24 @@ def command(
     **options: Any,
 ) -> None:
     """Start a guest here and move it, while it runs, to 'pykvm migrate receive' at ADDRESS."""
+    where = Address.parse(address)
     sending = Sending(
         session,
         guest_config(workload, options),
         tracker_of(options),
         Policy(bandwidth or None, downtime_limit, max_rounds),
-        transport=address.partition(":")[0],
+        transport="unix" if where.path else "tcp",
         sabotage=sabotage,
         report_path=report_path,
     )
     with open_system(session.backend) as system, sending.start(system, warm_up) as guest:
         for attempt in range(1, attempts + 1):
             try:
-                result = sending.move(guest, connect(address))
+                result = sending.move(guest, connect(where))
             except PykvmError as error:
                 if isinstance(error, MigrationError) and attempt < attempts:
                     session.note(f"attempt {attempt} failed: {error}")
+                    guest.runner.wait(_PAUSE_SECONDS)
                     continue
                 sending.failed(error, guest)
                 raise

@@ -65,7 +65,8 @@ class Session:
 
 def _set(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
     def callback(ctx: click.Context, param: click.Parameter, value: Any) -> None:
-        setattr(ctx.find_object(Session), name, value)
+        if value:  # a flag that a group was given holds for its subcommand, too
+            setattr(ctx.find_object(Session), name, value)
 
     return callback
 
