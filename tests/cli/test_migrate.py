@@ -18,7 +18,7 @@ pytestmark = pytest.mark.kvm
 Capture = pytest.CaptureFixture[str]
 SMALL = ("--memory", "8M", "--warm-up", "100ms")
 QUICK = (*SMALL, "--check-seconds", "100ms")
-SLOW = ("--bandwidth", "4M", "--max-rounds", "1")
+SLOW = ("--memory", "4M", "--bandwidth", "3M", "--max-rounds", "1")
 
 
 class Process:
@@ -175,7 +175,7 @@ def test_a_killed_receiver_leaves_the_guest_where_it_was_and_a_second_attempt_su
     source = Process("migrate", "send", "--address", address, *SMALL, *SLOW, "--attempts", "100", "--json")
     processes.append(source)
     source.await_line("connecting")
-    time.sleep(0.5)  # 8 MiB at 4 MiB/s take two seconds
+    time.sleep(0.4)  # 4 MiB at 3 MiB/s take longer
     there.kill()
     source.await_line("attempt 1 failed")
     receiver(processes, "--address", address)
@@ -214,7 +214,7 @@ def test_a_killed_child_is_a_failed_migration(processes: list[Process]) -> None:
     processes.append(source)
     child = one_child(source)
     source.await_line("connecting")
-    time.sleep(0.5)
+    time.sleep(0.4)
     os.kill(child, signal.SIGKILL)
     result = source.end()
     assert result.status == 8, result.err
