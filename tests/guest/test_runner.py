@@ -333,14 +333,16 @@ def test_failure_during_pause_surfaces_there(make):
 
 
 def test_stuck_device_makes_stop_time_out_by_name(make):
-    release = threading.Event()
+    entered, release = threading.Event(), threading.Event()
 
     class Stuck(Device):
         def port_out(self, vcpu, port, size, value):
+            entered.set()
             assert release.wait(5)
 
     runner, _ = make([BELL], device=Stuck())
     runner.start()
+    assert entered.wait(5)
     with pytest.raises(GuestTimeoutError, match="vCPU 0"):
         runner.stop(0.05)
     release.set()

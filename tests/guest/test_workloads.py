@@ -147,13 +147,13 @@ def test_stride_reaches_every_page(system, stride, pages):
 
 
 def test_smp_counts_every_visit_of_every_vcpu(system):
-    config = WorkloadConfig("smp", memory=4 * MIB, vcpus=4, passes=20, touch=64 * PAGE_SIZE)
+    config = WorkloadConfig("smp", memory=4 * MIB, vcpus=4, passes=20_000, touch=64 * PAGE_SIZE)
     with WorkloadGuest.create(system, config) as guest:
         guest.runner.start()
         assert guest.runner.wait(20) == 0
         count = int.from_bytes(guest.memory.read(guest.layout.shared, 8), "little")
         # A vCPU that is done waits for the others; it does not count on.
-        assert count == guest.report().visits == 4 * 20 * 16
+        assert count == guest.report().visits == 4 * 20_000 * 16
 
 
 # --- corruption ----------------------------------------------------------------------------------
@@ -297,6 +297,21 @@ def test_every_workload_finds_pages_that_went_back_in_time(system, workload, cpl
             assert region.data <= record.page < region.data + length
 
 
+@pytest.mark.parametrize("offset", [0x800, 0x17F8, 0x2400, 0x33F8])
+def test_strings_compares_both_ends_of_pattern_and_copy(system, offset):
+    config = WorkloadConfig("strings", memory=4 * MIB, touch=32 * PAGE_SIZE)
+    with WorkloadGuest.create(system, config) as guest:
+        guest.runner.start()
+        until(guest, lambda: guest.report().passes >= 2)
+        guest.runner.pause()
+        word = distant_page(guest) + offset
+        guest.memory.write(word, b"\x5a" * 8)
+        go_on(guest, 20)
+        assert [(record.gpa, record.found) for record in guest.report().corruptions] == [
+            (word, 0x5A5A5A5A5A5A5A5A)
+        ]
+
+
 def test_smp_notices_that_the_shared_page_went_back_in_time(system):
     config = WorkloadConfig("smp", memory=4 * MIB, vcpus=2, touch=32 * PAGE_SIZE)
     with WorkloadGuest.create(system, config) as guest:
@@ -311,7 +326,7 @@ def test_smp_notices_that_the_shared_page_went_back_in_time(system):
 
 
 def test_corruption_callback_and_exit_status(system):
-    config = WorkloadConfig("sequential", memory=4 * MIB, touch=8 * PAGE_SIZE, passes=200_000)
+    config = WorkloadConfig("sequential", memory=4 * MIB, touch=8 * PAGE_SIZE)
     seen = []
     with WorkloadGuest.create(system, config) as guest:
         guest.on_corruption = seen.append
@@ -319,6 +334,8 @@ def test_corruption_callback_and_exit_status(system):
         until(guest, lambda: guest.report().passes >= 2)
         guest.runner.pause()
         guest.memory.write(guest.layout.regions[0].data, b"\x11" * PAGE_SIZE)
+        limit = guest.report().passes + 1000
+        guest.memory.write(guest.layout.blocks[0] + Block.PASS_LIMIT, limit.to_bytes(8, "little"))
         guest.runner.resume()
         assert guest.runner.wait(20) == 1
         report = guest.report()
