@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
@@ -89,7 +90,7 @@ class Proxy:
     def _pump(
         self, there: socket.socket, onward: socket.socket, record: bytearray, change: Filter | None
     ) -> None:
-        try:
+        with contextlib.suppress(OSError):
             while piece := self._piece(there):
                 record += piece
                 cut = False
@@ -100,17 +101,13 @@ class Proxy:
                 if cut:
                     self.cut = True
                     break
-        except OSError:
-            pass
         self._end(onward if not self.cut else None)
 
     def _end(self, onward: socket.socket | None) -> None:
         """An ended side ends only what it would have sent; a cut ends everything."""
         for end in (self._left, self._right) if onward is None else (onward,):
-            try:
+            with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR if onward is None else socket.SHUT_WR)
-            except OSError:
-                pass
 
     def _piece(self, there: socket.socket) -> bytes:
         if not self._frames:

@@ -142,7 +142,7 @@ def test_a_fence_brings_the_guest_back() -> None:
         def fence() -> bool:
             return destination.join() is None
 
-        with pytest.raises(MigrationError, match="certainly dead.*stays here"):
+        with pytest.raises(MigrationError, match=r"certainly dead.*stays here"):
             send(guest, FakeTracker(), proxy.source, fence=fence)
         assert_goes_on(guest, lambda: guest.count)
         move_away(guest)
@@ -185,7 +185,7 @@ def test_a_hand_over_that_cannot_be_sent_at_all_is_none() -> None:
     here.send = Broken()  # type: ignore[method-assign]
     with running_guest() as guest:
         destination = Destination(there)
-        with pytest.raises(ChannelError, match="no route.*stays here"):
+        with pytest.raises(ChannelError, match=r"no route.*stays here"):
             send(guest, FakeTracker(), here)
         assert destination.join() is None
         assert_goes_on(guest, lambda: guest.count)

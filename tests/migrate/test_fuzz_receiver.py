@@ -208,7 +208,7 @@ def delete(frames: list[RawFrame], random_: random.Random) -> list[RawFrame]:
 
 def duplicate(frames: list[RawFrame], random_: random.Random) -> list[RawFrame]:
     at, to = random_.randrange(len(frames)), random_.randrange(len(frames))
-    return frames[:to] + [frames[at]] + frames[to:]
+    return [*frames[:to], frames[at], *frames[to:]]
 
 
 def swap(frames: list[RawFrame], random_: random.Random) -> list[RawFrame]:

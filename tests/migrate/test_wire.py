@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_runs_survive_the_round_trip(pages: set[int]) -> None:
     ordered = sorted(pages)
     runs = wire.parse_runs(wire.pack_runs(np.array(ordered, dtype=np.uint64)), TOTAL, "PAGES")
     assert [page for first, count in runs for page in range(first, first + count)] == ordered
-    assert all(first + count < later for (first, count), (later, _) in zip(runs, runs[1:], strict=False))
+    assert all(first + count < later for (first, count), (later, _) in itertools.pairwise(runs))
 
 
 @pytest.mark.parametrize(
