@@ -34,7 +34,6 @@ int pykvm_vcpu_kick(struct pykvm_vcpu *vcpu, struct pykvm_run_page *run);
 /* ring.c */
 long pykvm_ring_harvest(struct kvm_dirty_gfn *ring, __u32 size, __u32 head, __u32 limit,
                         __u32 *slots, __u64 *offsets);
-long pykvm_ring_abandon(struct kvm_dirty_gfn *ring, __u32 size, __u32 head);
 long pykvm_ring_find_dirty(struct kvm_dirty_gfn *ring, __u32 size);
 
 /* bitmap.c */

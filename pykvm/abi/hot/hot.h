@@ -36,13 +36,14 @@ long pykvm_ioctl(struct pykvm_handle *handle, unsigned long request, void *arg);
 long pykvm_ioctl_int(struct pykvm_handle *handle, unsigned long request, unsigned long arg);
 int pykvm_handle_close(struct pykvm_handle *handle);
 
+int pykvm_signals_watch(struct pykvm_run_page *run);
+void pykvm_signals_unwatch(void);
 int pykvm_kick_signal(void);
 long pykvm_vcpu_run(struct pykvm_vcpu *vcpu, struct pykvm_run_page *run);
 int pykvm_vcpu_kick(struct pykvm_vcpu *vcpu, struct pykvm_run_page *run);
 
 long pykvm_ring_harvest(struct kvm_dirty_gfn *ring, __u32 size, __u32 head, __u32 limit, __u32 *slots,
                         __u64 *offsets);
-long pykvm_ring_abandon(struct kvm_dirty_gfn *ring, __u32 size, __u32 head);
 long pykvm_ring_find_dirty(struct kvm_dirty_gfn *ring, __u32 size);
 
 struct pykvm_dirty_log {

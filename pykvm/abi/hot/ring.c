@@ -25,22 +25,6 @@ long pykvm_ring_harvest(struct kvm_dirty_gfn *ring, __u32 size, __u32 head, __u3
     return n;
 }
 
-/*
- * After an overflow: marks everything from head up to the last dirty entry as harvested, the empty ones in
- * between too, so that a reset brings the kernel's index back in step with ours.  Returns how many.
- */
-long pykvm_ring_abandon(struct kvm_dirty_gfn *ring, __u32 size, __u32 head)
-{
-    __u32 n = 0;
-
-    for (__u32 i = 0; i < size; i++)
-        if (__atomic_load_n(&ring[(head + i) & (size - 1)].flags, __ATOMIC_ACQUIRE) & KVM_DIRTY_GFN_F_DIRTY)
-            n = i + 1;
-    for (__u32 i = 0; i < n; i++)
-        __atomic_store_n(&ring[(head + i) & (size - 1)].flags, KVM_DIRTY_GFN_F_RESET, __ATOMIC_RELEASE);
-    return n;
-}
-
 /* Index of some dirty, unharvested entry, or -1: after an overflow entries appear away from the head. */
 long pykvm_ring_find_dirty(struct kvm_dirty_gfn *ring, __u32 size)
 {

@@ -86,14 +86,10 @@ static int listened(const struct pykvm_vcpu *vcpu, unsigned int port, unsigned i
     return 0;
 }
 
-long pykvm_vcpu_run(struct pykvm_vcpu *vcpu, struct pykvm_run_page *run)
+static long run_until_exit(struct pykvm_vcpu *vcpu, struct pykvm_run_page *run)
 {
-    long result = pykvm_handle_enter(&vcpu->handle);
+    long result;
 
-    if (result)
-        return result;
-    unblock_kick_signal();
-    __atomic_store_n(&vcpu->tid, thread_id(), __ATOMIC_SEQ_CST);
     for (;;) {
         struct pykvm_run_io *io = &run->u.io;
 
@@ -131,6 +127,19 @@ long pykvm_vcpu_run(struct pykvm_vcpu *vcpu, struct pykvm_run_page *run)
         }
         break;
     }
+    return result;
+}
+
+long pykvm_vcpu_run(struct pykvm_vcpu *vcpu, struct pykvm_run_page *run)
+{
+    long result = pykvm_handle_enter(&vcpu->handle);
+
+    if (result)
+        return result;
+    unblock_kick_signal();
+    __atomic_store_n(&vcpu->tid, thread_id(), __ATOMIC_SEQ_CST);
+    result = pykvm_signals_watch(run) ? PYKVM_RUN_INTERRUPTED : run_until_exit(vcpu, run);
+    pykvm_signals_unwatch();
     __atomic_store_n(&vcpu->tid, 0, __ATOMIC_SEQ_CST);
     pykvm_handle_leave(&vcpu->handle);
     return result;
