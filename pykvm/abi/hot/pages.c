@@ -17,7 +17,7 @@
 
 static __u32 crc_table[256];
 
-static void fill_crc_table(void)
+__attribute__((constructor)) static void fill_crc_table(void)
 {
     for (__u32 i = 0; i < 256; i++) {
         __u32 crc = i;
@@ -26,13 +26,10 @@ static void fill_crc_table(void)
             crc = crc >> 1 ^ (crc & 1 ? 0x82f63b78 : 0);
         crc_table[i] = crc;
     }
-    __atomic_thread_fence(__ATOMIC_RELEASE);
 }
 
 static __u32 crc_portable(__u32 crc, const unsigned char *data, size_t n)
 {
-    if (!crc_table[1])
-        fill_crc_table(); /* a race writes the same values twice */
     while (n--)
         crc = crc_table[(crc ^ *data++) & 0xff] ^ crc >> 8;
     return crc;

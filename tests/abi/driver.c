@@ -1,0 +1,449 @@
+/*
+ * Runs every function of pykvm/abi/hot once, edge cases included, under the sanitizers; no KVM needed.
+ * Expected values come from RFC 3720 B.4 (CRC-32C), api.rst (bitmap and ring layout), or are computed
+ * bit by bit.  Each buffer is allocated exactly as large as it must be, so that one byte more is seen.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "../../pykvm/abi/hot/bitmap.c"
+#include "../../pykvm/abi/hot/handle.c"
+#include "../../pykvm/abi/hot/pages.c"
+#include "../../pykvm/abi/hot/ring.c"
+#include "../../pykvm/abi/hot/run.c"
+#include "../../pykvm/abi/hot/signals.c"
+
+#define CHECK(condition) \
+    do { \
+        if (!(condition)) { \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+            exit(1); \
+        } \
+    } while (0)
+
+static __u64 random_state = 88172645463325252ULL;
+
+static __u64 random64(void) /* xorshift64 */
+{
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 7;
+    return random_state ^= random_state << 17;
+}
+
+static void test_bitmap(void)
+{
+    static const size_t sizes[] = {0, 1, 2, 63, 64, 65};
+
+    for (size_t s = 0; s < sizeof(sizes) / sizeof(sizes[0]); s++) {
+        size_t n = sizes[s], expected = 0, at = 0;
+        __u64 *words = malloc(n * 8), *back = calloc(n ? n : 1, 8), base = random64() >> 12;
+
+        for (size_t i = 0; i < n; i++) {
+            words[i] = i % 4 == 0 ? ~0ULL : i % 4 == 1 ? 1ULL << 63 | 1 : i % 4 == 2 ? 0 : random64();
+            for (int bit = 0; bit < 64; bit++)
+                expected += words[i] >> bit & 1;
+        }
+        CHECK(pykvm_bitmap_count(words, n) == (long)expected);
+        __u64 *gfns = malloc(expected * 8);
+        CHECK(pykvm_bitmap_to_gfns(words, n, base, gfns) == (long)expected);
+        for (size_t i = 0; i < n * 64; i++)
+            if (words[i / 64] >> i % 64 & 1)
+                CHECK(gfns[at++] == base + i);
+        CHECK(at == expected);
+        pykvm_gfns_to_bitmap(gfns, expected, base, back);
+        CHECK(n == 0 || memcmp(words, back, n * 8) == 0);
+        free(words);
+        free(back);
+        free(gfns);
+    }
+}
+
+static void test_ring_wraps_around(void)
+{
+    enum { SIZE = 256 };
+    struct kvm_dirty_gfn *ring = aligned_alloc(4096, SIZE * sizeof(*ring));
+    __u32 *slots = malloc(SIZE * 4), head = 0xffffff80; /* the index itself wraps as well */
+    __u64 *offsets = malloc(SIZE * 8), pushed = 0, taken = 0;
+
+    memset(ring, 0, SIZE * sizeof(*ring));
+    CHECK(pykvm_ring_find_dirty(ring, SIZE) == -1);
+    for (int round = 0; round < 2000; round++) {
+        __u32 fill = (__u32)(random64() % (SIZE + 1)), limit = (__u32)(random64() % (SIZE + 1)), got = 0;
+
+        for (__u32 i = 0; i < fill; i++, pushed++) {
+            struct kvm_dirty_gfn *entry = &ring[(head + i) % SIZE];
+
+            entry->slot = (__u32)pushed % 7;
+            entry->offset = pushed;
+            entry->flags = KVM_DIRTY_GFN_F_DIRTY;
+        }
+        CHECK((pykvm_ring_find_dirty(ring, SIZE) >= 0) == (fill > 0));
+        do {
+            long n = pykvm_ring_harvest(ring, SIZE, head, limit, slots, offsets);
+
+            CHECK(n >= 0 && n <= limit);
+            for (long i = 0; i < n; i++, taken++)
+                CHECK(offsets[i] == taken && slots[i] == taken % 7);
+            head += (__u32)n;
+            got += (__u32)n;
+            limit = SIZE;
+        } while (got < fill);
+        CHECK(pykvm_ring_harvest(ring, SIZE, head, SIZE, slots, offsets) == 0);
+        for (__u32 i = 0; i < SIZE; i++) {
+            CHECK(ring[i].flags == 0 || ring[i].flags == KVM_DIRTY_GFN_F_RESET);
+            ring[i].flags = 0;
+        }
+    }
+    /* Neither a harvested entry (3) nor a clean one behind a gap is taken. */
+    ring[head % SIZE].flags = KVM_DIRTY_GFN_F_DIRTY | KVM_DIRTY_GFN_F_RESET;
+    ring[(head + 1) % SIZE].flags = KVM_DIRTY_GFN_F_DIRTY;
+    CHECK(pykvm_ring_harvest(ring, SIZE, head, SIZE, slots, offsets) == 0);
+    CHECK(pykvm_ring_find_dirty(ring, SIZE) == (long)((head + 1) % SIZE));
+    free(ring);
+    free(slots);
+    free(offsets);
+}
+
+static void test_crc32c(void)
+{
+    static const char digits[] = "123456789";
+    unsigned char zeros[32] = {0}, ones[32], up[32], down[32];
+    /* RFC 3720 B.4: an iSCSI SCSI Read (10) command PDU. */
+    static const unsigned char pdu[48] = {
+        0x01, 0xc0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x14, 0, 0, 0, 0, 0, 0x04, 0,
+        0, 0, 0, 0x14, 0, 0, 0, 0x18, 0x28, 0, 0, 0, 0, 0, 0, 0, 0x02, 0, 0, 0, 0, 0, 0, 0};
+
+    memset(ones, 0xff, sizeof(ones));
+    for (int i = 0; i < 32; i++) {
+        up[i] = (unsigned char)i;
+        down[i] = (unsigned char)(31 - i);
+    }
+    const struct {
+        const void *data;
+        size_t n;
+        __u32 crc;
+    } vectors[] = {{zeros, 32, 0x8a9136aa}, {ones, 32, 0x62a8ab43}, {up, 32, 0x46dd794e},
+                   {down, 32, 0x113fdb5c},  {pdu, 48, 0xd9963a56},  {digits, 9, 0xe3069283},
+                   {digits, 0, 0}};
+    for (size_t i = 0; i < sizeof(vectors) / sizeof(vectors[0]); i++) {
+        CHECK(pykvm_crc32c(0, vectors[i].data, vectors[i].n) == vectors[i].crc);
+        CHECK(~crc_portable(~0U, vectors[i].data, vectors[i].n) == vectors[i].crc);
+#ifdef __x86_64__
+        if (__builtin_cpu_supports("sse4.2"))
+            CHECK(~crc_sse42(~0U, vectors[i].data, vectors[i].n) == vectors[i].crc);
+#endif
+    }
+    /* In pieces, at every alignment and length. */
+    for (size_t length = 0; length < 70; length++) {
+        unsigned char *data = malloc(length);
+
+        for (size_t i = 0; i < length; i++)
+            data[i] = (unsigned char)random64();
+        for (size_t cut = 0; cut <= length; cut++) {
+            __u32 crc = pykvm_crc32c(pykvm_crc32c(0, data, cut), data + cut, length - cut);
+
+            CHECK(crc == ~crc_portable(~0U, data, length));
+        }
+        free(data);
+    }
+}
+
+static void test_zero(void)
+{
+    for (size_t length = 0; length < 40; length++) {
+        unsigned char *data = calloc(length ? length : 1, 1);
+
+        CHECK(pykvm_is_zero(data, length));
+        for (size_t i = 0; i < length; i++) {
+            data[i] = 0x80;
+            CHECK(!pykvm_is_zero(data, length));
+            data[i] = 0;
+        }
+        free(data);
+    }
+}
+
+static void test_gather_and_scatter(void)
+{
+    enum { PAGES = 40 };
+    char *memory = malloc(PAGES * PAGE), *copy = calloc(PAGES, PAGE), *out = malloc(PAGES * PAGE);
+    __u64 *pages = malloc(PAGES * 8);
+    __u8 *zero = malloc(PAGES);
+    size_t stored = 99, filled = 0;
+
+    for (int i = 0; i < PAGES; i++) {
+        pages[i] = (__u64)(PAGES - 1 - i);
+        memset(memory + i * PAGE, 0, PAGE);
+        if (i % 3)
+            memory[i * PAGE + (i % 2 ? PAGE - 1 : 0)] = (char)i;
+        filled += i % 3 != 0;
+    }
+    __u32 crc = pykvm_gather(memory, pages, PAGES, out, zero, &stored);
+    CHECK(stored == filled);
+    CHECK(crc == pykvm_crc32c(0, out, stored * PAGE));
+    size_t at = 0;
+    for (int i = 0; i < PAGES; i++) {
+        CHECK(zero[i] == (pages[i] % 3 == 0));
+        if (!zero[i]) {
+            CHECK(memcmp(out + at * PAGE, memory + pages[i] * PAGE, PAGE) == 0);
+            pages[at++] = pages[i];
+        }
+    }
+    pykvm_scatter(copy, pages, stored, out);
+    CHECK(memcmp(copy, memory, PAGES * PAGE) == 0);
+    CHECK(pykvm_gather(memory, pages, 0, out, zero, &stored) == 0 && stored == 0);
+    pykvm_scatter(copy, pages, 0, out);
+    free(memory);
+    free(copy);
+    free(out);
+    free(pages);
+    free(zero);
+}
+
+static void test_punch_hole(void)
+{
+    int fd = memfd_create("driver", 0), device = open("/dev/null", O_RDWR);
+    char byte = 1;
+
+    CHECK(ftruncate(fd, 4 * PAGE) == 0);
+    CHECK(pwrite(fd, "x", 1, PAGE) == 1 && pwrite(fd, "y", 1, 2 * PAGE) == 1);
+    CHECK(pykvm_punch_hole(fd, PAGE, PAGE) == 0);
+    CHECK(pread(fd, &byte, 1, PAGE) == 1 && byte == 0);
+    CHECK(pread(fd, &byte, 1, 2 * PAGE) == 1 && byte == 'y');
+    CHECK(pykvm_punch_hole(fd, 0, 0) == -EINVAL);
+    CHECK(pykvm_punch_hole(-1, 0, PAGE) == -EBADF);
+    CHECK(pykvm_punch_hole(device, 0, PAGE) < 0);
+    CHECK(pykvm_punch_hole(fd, 1ULL << 63, PAGE) < 0);
+    close(fd);
+    close(device);
+}
+
+/* --- handles: closed from one thread while others use them ------------------------------------------ */
+
+struct crew {
+    struct pykvm_handle handle;
+    int answered, closed, busy, wrong;
+};
+
+static void *use_handle(void *argument)
+{
+    struct crew *crew = argument;
+
+    for (;;) {
+        int bytes = -1;
+        long result = pykvm_ioctl(&crew->handle, 0x541B /* FIONREAD, of a pipe */, &bytes);
+
+        if (result == 0 && bytes == 5)
+            __atomic_add_fetch(&crew->answered, 1, __ATOMIC_RELAXED);
+        else if (result == PYKVM_EBUSY)
+            __atomic_add_fetch(&crew->busy, 1, __ATOMIC_RELAXED);
+        else if (result == PYKVM_ECLOSED)
+            break;
+        else
+            __atomic_add_fetch(&crew->wrong, 1, __ATOMIC_RELAXED);
+    }
+    __atomic_add_fetch(&crew->closed, 1, __ATOMIC_RELAXED);
+    return NULL;
+}
+
+static void *close_handle(void *argument)
+{
+    struct crew *crew = argument;
+
+    while (__atomic_load_n(&crew->answered, __ATOMIC_RELAXED) < 20)
+        ;
+    pykvm_handle_close(&crew->handle);
+    return NULL;
+}
+
+static void *take_numbers(void *argument)
+{
+    /* Hands the number of a closed descriptor out again at once, to something with another answer. */
+    int *stop = argument;
+
+    while (!__atomic_load_n(stop, __ATOMIC_RELAXED)) {
+        int fd = open("/dev/null", O_RDONLY);
+
+        sched_yield();
+        close(fd);
+    }
+    return NULL;
+}
+
+static void test_handles(void)
+{
+    for (int round = 0; round < 150; round++) {
+        pthread_t users[3], closers[2], taker;
+        struct crew crew = {0};
+        int ends[2], stop = 0;
+
+        CHECK(pipe(ends) == 0 && write(ends[1], "12345", 5) == 5);
+        pykvm_handle_init(&crew.handle, ends[0], round % 2);
+        pthread_create(&taker, NULL, take_numbers, &stop);
+        for (int i = 0; i < 3; i++)
+            pthread_create(&users[i], NULL, use_handle, &crew);
+        for (int i = 0; i < 2; i++)
+            pthread_create(&closers[i], NULL, close_handle, &crew);
+        for (int i = 0; i < 3; i++)
+            pthread_join(users[i], NULL);
+        for (int i = 0; i < 2; i++)
+            pthread_join(closers[i], NULL);
+        __atomic_store_n(&stop, 1, __ATOMIC_RELAXED);
+        pthread_join(taker, NULL);
+        CHECK(crew.closed == 3 && crew.wrong == 0 && (round % 2 || crew.busy == 0));
+        CHECK(crew.handle.fd == -1 && crew.handle.users == 0);
+        close(ends[1]);
+    }
+    CHECK(pykvm_ioctl_int(&(struct pykvm_handle){.fd = -1}, 0x541B, 0) == -EBADF);
+}
+
+/* --- kicks and signals, without a KVM: KVM_RUN on a file that knows no ioctl ------------------------- */
+
+static struct pykvm_vcpu vcpu;
+static struct pykvm_run_page page;
+
+static void *run_often(void *argument)
+{
+    (void)argument;
+    for (int i = 0; i < 3000; i++) {
+        long result = pykvm_vcpu_run(&vcpu, &page);
+
+        CHECK(result == -ENOTTY || result == -EINVAL || result == PYKVM_EBUSY);
+    }
+    return NULL;
+}
+
+static void *kick_often(void *argument)
+{
+    (void)argument;
+    for (int i = 0; i < 3000; i++)
+        pykvm_vcpu_kick(&vcpu, &page);
+    return NULL;
+}
+
+static volatile int handled;
+
+static void count_signal(int number)
+{
+    (void)number;
+    handled++;
+}
+
+static void count_signal_with_details(int number, siginfo_t *info, void *context)
+{
+    (void)context;
+    handled += info->si_signo == number;
+}
+
+static void test_run_and_kick(void)
+{
+    pthread_t threads[4];
+
+    pykvm_handle_init(&vcpu.handle, open("/dev/null", O_RDWR), 1);
+    for (int i = 0; i < 4; i++)
+        pthread_create(&threads[i], NULL, i % 2 ? run_often : kick_often, NULL);
+    for (int i = 0; i < 4; i++)
+        pthread_join(threads[i], NULL);
+    CHECK(vcpu.kick == 1 && vcpu.tid == 0 && page.immediate_exit == 1);
+    pykvm_handle_close(&vcpu.handle);
+    CHECK(pykvm_vcpu_run(&vcpu, &page) == PYKVM_ECLOSED);
+    CHECK(pykvm_vcpu_kick(&vcpu, &page) == 0);
+}
+
+static void test_signals(void)
+{
+    struct sigaction action = {.sa_handler = count_signal};
+
+    sigaction(SIGINT, &action, NULL);
+    action.sa_flags = SA_SIGINFO;
+    action.sa_sigaction = count_signal_with_details;
+    sigaction(SIGALRM, &action, NULL);
+    page.immediate_exit = 0;
+    here_looked = 0;
+    CHECK(pykvm_signals_watch(&page) == 1); /* found handlers whose signals it may have missed */
+    pykvm_signals_unwatch();
+    CHECK(pykvm_signals_watch(&page) == 0);
+    raise(SIGINT);
+    CHECK(handled == 1 && page.immediate_exit == 1);
+    pykvm_signals_unwatch();
+    page.immediate_exit = 0;
+    raise(SIGALRM);
+    CHECK(handled == 2 && page.immediate_exit == 0);
+    CHECK(pykvm_signals_watch(&page) == 1); /* came before: do not enter */
+    pykvm_signals_unwatch();
+    here_looked = 0;
+    CHECK(pykvm_signals_watch(&page) == 0); /* not chained to itself */
+    pykvm_signals_unwatch();
+    raise(SIGINT);
+    CHECK(handled == 3);
+}
+
+/* --- a ring whose producer is another thread --------------------------------------------------------- */
+
+enum { RING = 256, ENTRIES = 200000 };
+static struct kvm_dirty_gfn shared_ring[RING];
+static __u32 reset_index;
+
+static void *produce(void *argument)
+{
+    (void)argument;
+    for (__u32 i = 0; i < ENTRIES; i++) {
+        struct kvm_dirty_gfn *entry = &shared_ring[i % RING];
+
+        while (i - __atomic_load_n(&reset_index, __ATOMIC_ACQUIRE) >= RING - 64)
+            sched_yield();
+        entry->slot = i & 0xff;
+        entry->offset = i;
+        __atomic_store_n(&entry->flags, KVM_DIRTY_GFN_F_DIRTY, __ATOMIC_RELEASE);
+    }
+    return NULL;
+}
+
+static void test_ring_and_producer(void)
+{
+    __u32 slots[RING], head = 0;
+    __u64 offsets[RING];
+    pthread_t producer;
+
+    pthread_create(&producer, NULL, produce, NULL);
+    while (head < ENTRIES) {
+        long n = pykvm_ring_harvest(shared_ring, RING, head, RING, slots, offsets);
+
+        CHECK(n < RING);
+        for (long i = 0; i < n; i++)
+            CHECK(offsets[i] == head + (__u64)i && slots[i] == (offsets[i] & 0xff));
+        head += (__u32)n;
+        for (; reset_index != head; __atomic_store_n(&reset_index, reset_index + 1, __ATOMIC_RELEASE)) {
+            CHECK(shared_ring[reset_index % RING].flags == KVM_DIRTY_GFN_F_RESET);
+            __atomic_store_n(&shared_ring[reset_index % RING].flags, 0, __ATOMIC_RELEASE);
+        }
+        if (!n)
+            sched_yield();
+    }
+    pthread_join(producer, NULL);
+}
+
+int main(void)
+{
+    test_bitmap();
+    test_ring_wraps_around();
+    test_crc32c();
+    test_zero();
+    test_gather_and_scatter();
+    test_punch_hole();
+    test_handles();
+    test_run_and_kick();
+    test_signals();
+    test_ring_and_producer();
+    puts("all fine");
+    return 0;
+}
