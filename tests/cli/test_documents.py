@@ -152,3 +152,10 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in targets:
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+@pytest.mark.kvm
+def test_the_readmes_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    assert re.fullmatch(r"\d+ pages written, \[.*\] 0 corruptions\n", capsys.readouterr().out)
