@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from pykvm.errors import CapabilityError, ImageError, UsageError
@@ -170,6 +173,13 @@ def test_unknown_ports_are_counted_while_tracing(system):
     code = b"\xe5\x42\xe7\x42\x89\xc2\xb0\x00\xe6\xf4\xeb\xfe"  # in ax, 0x42; out 0x42, ax; ...; out 0xf4, al
     assert run(launch(system, load_image(code), board.bus)) == 1
     assert board.bus.unknown_ports == {0x42: 2}
+
+
+def test_example_in_the_documentation_works(system, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "guests.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(example, "docs/guests.md", "exec"), {})
+    assert capsys.readouterr().out == "vCPU 0 rang 7\n0\n"
 
 
 @pytest.mark.parametrize("memory", [0, 4096, MIB + 1, (3 << 30) + 4096])
