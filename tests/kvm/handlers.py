@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Iterable
 
 from pykvm.kvm import KvmVcpu
+from pykvm.machine import Exit
 from pykvm.memory import PAGE_SIZE
 from pykvm.x86.registers import DescriptorTable
 
@@ -29,3 +31,14 @@ def install(guest: Tiny, vectors: Iterable[int], vcpu: KvmVcpu | None = None) ->
         special = each.get_special_registers()
         special.idt = DescriptorTable(IDT * PAGE_SIZE, 0xFFF)
         each.set_special_registers(special)
+
+
+def run_soon(vcpu: KvmVcpu, seconds: float = 5) -> Exit:
+    """``run`` of a guest that should exit at once; Kicked if it does not."""
+    timer = threading.Timer(seconds, vcpu.kick)
+    timer.start()
+    try:
+        return vcpu.run()
+    finally:
+        timer.cancel()
+        timer.join()

@@ -18,7 +18,7 @@ from pykvm.machine import DebugStop, Registers
 from pykvm.machine.state import VcpuEvents
 from pykvm.memory import PAGE_SIZE
 
-from .handlers import install
+from .handlers import install, run_soon
 from .tiny import CODE, DATA, PORT, SPIN, Tiny, done, running
 
 START = CODE * PAGE_SIZE
@@ -202,7 +202,7 @@ def test_put_events(kernel: Tiny) -> None:
     install(kernel, [2])
     kernel.load(SPIN, rflags=2)
     kernel.vcpu.put_shared(events=VcpuEvents(nmi_pending=1, flags=1))
-    exit_ = kernel.vcpu.run()
+    exit_ = run_soon(kernel.vcpu)
     assert (getattr(exit_, "port", None), getattr(exit_, "data", None)) == (PORT, b"\x02")
 
 

@@ -10,17 +10,19 @@ from dataclasses import replace
 
 import pytest
 
+from pykvm.abi import ffi
 from pykvm.errors import CapabilityError, KvmError, MsrError, UsageError
 from pykvm.kvm import KvmSystem, KvmVm
 from pykvm.kvm.capabilities import Capability
 from pykvm.kvm.events import MpState
+from pykvm.kvm.registers import fill_sregs, read_sregs
 from pykvm.kvm.tuning import Quirk
 from pykvm.machine.state import DebugRegisters, VcpuEvents
 from pykvm.memory import PAGE_SIZE
 from pykvm.x86.cpuid import CpuidEntry, find
 from pykvm.x86.fpu import FloatingPoint
 
-from .handlers import install
+from .handlers import install, run_soon
 from .tiny import DATA, Tiny, done
 
 LSTAR, STAR, TSC = 0xC0000082, 0xC0000081, 0x10
@@ -254,7 +256,7 @@ def test_an_injected_exception_reaches_the_guest(kernel: Tiny) -> None:
     install(kernel, [6])
     kernel.load(bytes.fromhex("ebfe"), rflags=2)
     kernel.vcpu.set_events(replace(kernel.vcpu.get_events(), exception_injected=1, exception_nr=6))
-    exit_ = kernel.vcpu.run()
+    exit_ = run_soon(kernel.vcpu)
     assert getattr(exit_, "data", None) == b"\x06"
 
 
@@ -292,6 +294,18 @@ def test_special_registers2_agree_with_the_first_form(kernel: Tiny) -> None:
         kernel.vcpu.set_special_registers2(replace(second, pdptrs=(1, 1, 1, 1)))
     with pytest.raises(UsageError, match="pdptrs"):
         kernel.vcpu.set_special_registers2(replace(second, pdptrs=(1 << 64, 1, 1, 1)))
+
+
+def test_a_queued_interrupt_is_in_the_special_registers(vm: KvmVm) -> None:
+    vcpu = vm.create_vcpu()
+    vcpu.interrupt(0xC3)
+    special = vcpu.get_special_registers()
+    assert special.interrupt == 0xC3
+    area = ffi.new("struct kvm_sregs *")
+    fill_sregs(area, special)
+    assert list(area.interrupt_bitmap) == [0, 0, 0, 1 << 3]
+    fill_sregs(area, replace(special, interrupt=None))
+    assert read_sregs(area).interrupt is None, "a struct that is used again keeps no old bit"
 
 
 # --- time ----------------------------------------------------------------------------------------

@@ -44,6 +44,24 @@ def test_a_capability_that_the_header_lacks_is_newer_than_all_it_has(header: dic
     assert all(member > newest - 20 for member in missing)
 
 
+def test_the_newest_numbers() -> None:
+    """From <linux/kvm.h> of Linux 7.2, which few machines have installed."""
+    newest = {
+        "USER_MEMORY2": 231,
+        "MEMORY_FAULT_INFO": 232,
+        "MEMORY_ATTRIBUTES": 233,
+        "GUEST_MEMFD": 234,
+        "VM_TYPES": 235,
+        "PRE_FAULT_MEMORY": 236,
+        "X86_APIC_BUS_CYCLES_NS": 237,
+        "X86_GUEST_MODE": 238,
+        "GUEST_MEMFD_FLAGS": 244,
+        "S390_HPAGE_2G": 249,
+    }
+    assert {name: Capability[name].value for name in newest} == newest
+    assert max(Capability) == 249
+
+
 def test_no_number_has_two_names() -> None:
     assert len({member.value for member in Capability.__members__.values()}) == len(Capability.__members__)
 
