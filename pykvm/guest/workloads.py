@@ -129,7 +129,8 @@ class WorkloadGuest:
         if address == self.layout.shared:
             cause, suspect = "the shared counter went backwards", address
         else:
-            keys = (_field(block, Block.KEY1), _field(block, Block.KEY2))
+            # The keys are odd; a guest that ran wild may hold others, which have no inverse.
+            keys = (_field(block, Block.KEY1) | 1, _field(block, Block.KEY2) | 1)
             strings = self.config.workload == "strings"
             region = self.layout.regions[vcpu]
             cause, suspect = explain(address, found, visit, region, keys, strings=strings)

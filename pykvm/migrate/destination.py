@@ -32,6 +32,7 @@ from pykvm.migrate.channel import Channel
 from pykvm.migrate.guest import Adopt, Findings, Guest
 from pykvm.migrate.messages import (
     PAGES_NAMED,
+    WORD,
     Abort,
     Accept,
     Corruption,
@@ -319,13 +320,11 @@ class _Destination:
         except PykvmError as error:
             failure = reason_of(error)
         after = guest.report()
-        news = after.corruptions[len(before.corruptions) :][:PAGES_NAMED]
+        news = [item for item in after.corruptions if item not in before.corruptions][:PAGES_NAMED]
         return GuestChecks(
-            checks=max(0, after.checks - before.checks),
-            corruptions=max(0, after.corruption_count - before.corruption_count),
-            examples=tuple(
-                Corruption(item.gpa, item.expected, item.found, item.page, item.cause) for item in news
-            ),
+            checks=_word(after.checks - before.checks),
+            corruptions=_word(after.corruption_count - before.corruption_count),
+            examples=tuple(Corruption.of(item) for item in news),
             failure=failure,
         )
 
@@ -371,6 +370,11 @@ class _Destination:
         if now - self._reported >= _PROGRESS_SECONDS:
             self._reported = now
             self._tell(Phase.COPY, pages)
+
+
+def _word(number: int) -> int:
+    """A count that a guest's memory yielded, within 64 bits."""
+    return max(0, min(number, WORD))
 
 
 def _available() -> int:

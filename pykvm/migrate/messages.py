@@ -9,11 +9,13 @@ from typing import Any, Self
 from pykvm.errors import WireError
 from pykvm.migrate import wire
 from pykvm.migrate.channel import Channel
+from pykvm.migrate.guest import CorruptionLike
 from pykvm.migrate.wire import FrameType
 
 REASON_LIMIT = 1000
 PAGES_NAMED = 64
 """How many differing pages a MISMATCH names; it counts all of them."""
+WORD = (1 << 64) - 1
 _DIGEST_HEX = 32
 _ADDRESSES = 1 << 52
 """Guest-physical addresses end here (SDM vol. 3, 4.1.4)."""
@@ -21,7 +23,11 @@ _ADDRESSES = 1 << 52
 
 def reason_of(error: BaseException) -> str:
     """An error's message as one line that fits a frame."""
-    text = str(error) or type(error).__name__
+    return text_of(str(error) or type(error).__name__)
+
+
+def text_of(text: str) -> str:
+    """Text as one printable line that fits a frame."""
     return "".join(c if c.isprintable() else " " for c in text)[:REASON_LIMIT]
 
 
@@ -332,14 +338,20 @@ class Corruption:
     cause: str
 
     @classmethod
+    def of(cls, item: CorruptionLike) -> Corruption:
+        """From a guest's report; its memory may hold anything, so numbers are cut to 64 bits."""
+        numbers = (item.gpa, item.expected, item.found, item.page)
+        gpa, expected, found, page = (number & WORD for number in numbers)
+        return cls(gpa, expected, found, page, text_of(item.cause))
+
+    @classmethod
     def read(cls, value: object) -> Corruption:
-        word = (1 << 64) - 1
         fields = Fields(value, "REPORT: a corruption")
         corruption = cls(
-            fields.integer("gpa", 0, word),
-            fields.integer("expected", 0, word),
-            fields.integer("found", 0, word),
-            fields.integer("page", 0, word),
+            fields.integer("gpa", 0, WORD),
+            fields.integer("expected", 0, WORD),
+            fields.integer("found", 0, WORD),
+            fields.integer("page", 0, WORD),
             fields.text("cause"),
         )
         fields.done()
@@ -362,10 +374,9 @@ class Report(Message):
 
     @classmethod
     def _read(cls, fields: Fields) -> Report:
-        count = (1 << 64) - 1
         return cls(
-            checks=fields.integer("checks", 0, count),
-            corruptions=fields.integer("corruptions", 0, count),
+            checks=fields.integer("checks", 0, WORD),
+            corruptions=fields.integer("corruptions", 0, WORD),
             examples=tuple(Corruption.read(item) for item in fields.items("examples", PAGES_NAMED)),
             failure=fields.text("failure"),
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
@@ -17,10 +18,11 @@ from pykvm.errors import (
     HandoverUnknownError,
     MigrationError,
     RingOverflowError,
+    UsageError,
     VerificationError,
     WireError,
 )
-from pykvm.machine import SlotFlags
+from pykvm.machine import Machine, SlotFlags
 from pykvm.memory import PAGE_SIZE
 from pykvm.migrate import wire
 from pykvm.migrate.channel import Channel
@@ -55,6 +57,9 @@ from pykvm.track import Tracker
 Fence = Callable[[], bool]
 """Makes sure that the destination is dead, and says whether it is (killing it is a fine way)."""
 
+_gone: weakref.WeakSet[Machine] = weakref.WeakSet()
+"""Machines whose guest was handed over: to move it again would make two of it."""
+
 _ABORT_SECONDS = 1.0
 _SLOT_BYTES_PER_SECOND = 32 << 30
 """KVM allocates 10 bytes per page of a memslot: 6 s for 1 TiB were seen (docs/reference/hosts.md G)."""
@@ -79,8 +84,12 @@ def send(
     Raises, with the guest running here as before: MigrationError and its kin (anything that failed before
     the hand-over), RingOverflowError, VerificationError (a page differs), or whatever interrupted it
     (KeyboardInterrupt).  Raises with the guest not running here: HandoverUnknownError (it stays paused),
-    DestinationLostError (it was handed over, then the destination fell silent), its own failure.
+    DestinationLostError (it was handed over, then the destination fell silent), its own failure.  A guest
+    that was handed over is refused with UsageError.
     """
+    if guest.machine in _gone:
+        channel.close()
+        raise UsageError("This guest was handed over and lives at its destination; move it from there.")
     try:
         return _Source(guest, tracker, Session(channel), policy or Policy(), progress, fence).run(sabotage)
     finally:
@@ -123,6 +132,7 @@ class _Source:
                 raise
             raise explained from error
         # The guest is the destination's.  Stopped, not paused: nobody can resume it here by mistake.
+        _gone.add(self._guest.machine)
         self._guest.runner.stop()
         self._tracker.disarm()
         self._tell(Phase.CHECK)

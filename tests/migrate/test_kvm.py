@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pykvm.errors import GuestCorruptionError, MigrationError, VerificationError
+from pykvm.errors import GuestCorruptionError, MigrationError, RingOverflowError, VerificationError
 from pykvm.guest.workloads import WorkloadConfig, WorkloadGuest
 from pykvm.kvm import KvmSystem
 from pykvm.machine import DirtyPages
@@ -243,6 +244,52 @@ def test_a_state_that_kvm_refuses_ends_the_migration_at_the_source_unharmed(
         with pytest.raises(MigrationError, match="does not accept the guest's state"):
             send(guest, tracker, here)
         assert destination.join() is None
+        assert goes_on(guest)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_guest_whose_reports_are_nonsense_does_not_upset_its_host(system: KvmSystem, seed: int) -> None:
+    adopted: list[WorkloadGuest] = []
+
+    def adopt(*args: Any) -> WorkloadGuest:
+        adopted.append(adopt_workload(*args))
+        return adopted[0]
+
+    def scramble(progress: Progress) -> None:
+        if progress.phase is Phase.CHECK:
+            at = adopted[0].layout.blocks[0]
+            adopted[0].memory.write(at, random.Random(seed).randbytes(PAGE_SIZE))
+
+    tracker = make_tracker("bitmap")
+    with running(system, HOTSPOT, tracker) as guest:
+        here, there = pair()
+        destination = Destination(there, system, adopt=adopt, progress=scramble, check_seconds=0.05)
+        result = send(guest, tracker, here)
+        received = destination.join()
+        assert received is not None
+        received.close()
+    assert result.guest.corruptions > 0 or result.guest.failure
+
+
+def test_an_overflowing_ring_ends_the_migration_and_not_the_guest(system: KvmSystem) -> None:
+    """docs/reference/hosts.md D.7: only hosts that emulate CPL 0 in batches overflow; others may not."""
+    tracker = make_tracker("ring", ring_entries=256)
+    config = WorkloadConfig("random", memory=16 * MIB, cpl=0, throttle=0)
+    with running(system, config, tracker) as guest:
+        here, there = pair()
+        destination = Destination(there, system, check_seconds=0.1)
+        try:
+            send(guest, tracker, here, Policy(downtime_limit=0, max_rounds=20))
+        except RingOverflowError as error:
+            words = str(error)
+        else:
+            received = destination.join()
+            assert received is not None
+            with received:
+                assert goes_on(received.guest)
+            return
+        assert destination.join() is None
+        assert "Use the bitmap" in words
         assert goes_on(guest)
 
 

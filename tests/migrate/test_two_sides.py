@@ -100,6 +100,19 @@ def test_a_lost_page_is_found_and_named_and_the_guest_stays() -> None:
         received.close()
 
 
+def test_a_guest_that_went_away_cannot_be_moved_again() -> None:
+    with running_guest() as guest:
+        here, there = pair()
+        destination = Destination(there)
+        assert send(guest, FakeTracker(), here).verified
+        received = destination.join()
+        assert received is not None
+        with received:
+            here, there = pair()
+            with there, pytest.raises(UsageError, match="lives at its destination"):
+                send(guest, FakeTracker(), here)
+
+
 def test_sabotage_of_an_unknown_kind_is_refused_at_once() -> None:
     here, there = pair()
     with there, running_guest() as guest:
