@@ -29,6 +29,7 @@ _PACKED_IO = lib.PYKVM_RUN_PACKED_IO
 _KICKED = lib.PYKVM_RUN_KICKED
 _INTERRUPTED = lib.PYKVM_RUN_INTERRUPTED
 _POLL_SECONDS = 20e-6
+_PORT_BYTES = 0x10000 // 8
 
 
 @lru_cache(maxsize=1024)
@@ -161,18 +162,16 @@ class KvmVcpu(VcpuSnapshot, VcpuCoalesced, VcpuDebug, VcpuSync, VcpuStatistics, 
 
     def listen(self, ports: Iterable[int] | None) -> None:
         """Which ports make ``run`` return; None means all.  Raises UsageError beyond 0xffff."""
-        words = self._state.ports
         if ports is None:
-            for i in range(1024):
-                words[i] = 0xFFFFFFFFFFFFFFFF
-            return
-        chosen = [0] * 1024
-        for port in ports:
-            if not 0 <= port <= 0xFFFF:
-                raise UsageError(f"I/O port {port:#x} is not in 0 to 0xffff.")
-            chosen[port // 64] |= 1 << port % 64
-        for i, word in enumerate(chosen):
-            words[i] = word
+            bits = bytearray(b"\xff" * _PORT_BYTES)
+        else:
+            bits = bytearray(_PORT_BYTES)
+            for port in ports:
+                if not 0 <= port <= 0xFFFF:
+                    raise UsageError(f"I/O port {port:#x} is not in 0 to 0xffff.")
+                bits[port // 8] |= 1 << port % 8
+        # SAFETY: ``_state`` owns the words, x86 is little-endian, and whoever runs sees old or new bits.
+        ffi.memmove(self._state.ports, bits, _PORT_BYTES)
 
     @property
     def swallowed(self) -> int:
