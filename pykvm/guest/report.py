@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -51,13 +52,15 @@ class GuestReport:
 
 
 def explain(
-    address: int, found: int, visit: int, region: Region, keys: tuple[int, int], *, strings: bool
+    address: int, found: int, visit: int, region: Region, keys: Sequence[int], *, strings: bool
 ) -> tuple[str, int]:
     """Why the word at linear ``address`` does not hold the value of ``visit``: (sentence, suspect address).
 
     A stamp can be turned back into the visit that wrote it.  A value from a later visit than the ledger
     knows means that the ledger's page went back in time, any other one that the data page did.
     """
+    if not region.data <= address < region.page_address(region.pages):
+        return "a report about memory that is not this vCPU's", address
     if strings:
         base, value = address - (address - region.data) % region.step, found
     elif address % PAGE_SIZE < PAGE_SIZE // 2:
@@ -75,7 +78,7 @@ def explain(
     return f"a value that the guest never wrote there (visit {expected} was expected)", address
 
 
-def _visit_of(value: int, base: int, keys: tuple[int, int]) -> int:
+def _visit_of(value: int, base: int, keys: Sequence[int]) -> int:
     """The inverse of the guest's stamp ``(visit * key1 + base) * key2`` modulo 2^64."""
     inverse1, inverse2 = (pow(key, -1, 1 << 64) for key in keys)
     return (value * inverse2 - base) * inverse1 & _MASK

@@ -14,10 +14,10 @@ from pykvm.guest.workload_config import (
     HOLE_END,
     HOLE_START,
     LARGE_PAGE,
-    MAX_VCPUS,
     Layout,
     Region,
     WorkloadConfig,
+    random_numbers,
 )
 from pykvm.machine import Machine
 from pykvm.memory import PAGE_SIZE, GuestMemory
@@ -90,13 +90,13 @@ def _parameters(config: WorkloadConfig, layout: Layout, region: Region) -> bytes
         "idle": (0, quiet),
         "burst": (config.burst, quiet),
     }.get(config.workload, (0, 0))
-    random = _splitmix(config.seed * MAX_VCPUS + region.vcpu)
+    random, key1, key2 = random_numbers(config, region.vcpu)
     fields = {
         Block.VCPU: region.vcpu,
         Block.VCPUS: config.vcpus,
         Block.SEED: random,
-        Block.KEY1: _splitmix(random) | 1,
-        Block.KEY2: _splitmix(random + 1) | 1,
+        Block.KEY1: key1,
+        Block.KEY2: key2,
         Block.DATA: region.data,
         Block.PAGES: region.pages,
         Block.STEP: region.step,
@@ -119,12 +119,3 @@ def _coprime(stride: int, pages: int) -> int:
     while math.gcd(stride, pages) != 1:
         stride -= 1
     return stride
-
-
-def _splitmix(seed: int) -> int:
-    """One step of the SplitMix64 generator: independent 64-bit numbers from consecutive seeds."""
-    mask = (1 << 64) - 1
-    value = (seed + 0x9E3779B97F4A7C15) & mask
-    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & mask
-    value = (value ^ value >> 27) * 0x94D049BB133111EB & mask
-    return value ^ value >> 31

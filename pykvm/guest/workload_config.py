@@ -147,3 +147,18 @@ def _table_pages(memory: int) -> int:
 def gpa_of(offset: int) -> int:
     """The guest-physical address of an offset into a workload's memory (equal to its linear address)."""
     return offset if offset < HOLE_START else offset + HOLE_END - HOLE_START
+
+
+def random_numbers(config: WorkloadConfig, vcpu: int) -> tuple[int, int, int]:
+    """What the seed makes of a vCPU: the first random state and the two odd keys of its stamps."""
+    random = _splitmix(config.seed * MAX_VCPUS + vcpu)
+    return random, _splitmix(random) | 1, _splitmix(random + 1) | 1
+
+
+def _splitmix(seed: int) -> int:
+    """One step of the SplitMix64 generator: independent 64-bit numbers from consecutive seeds."""
+    mask = (1 << 64) - 1
+    value = (seed + 0x9E3779B97F4A7C15) & mask
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & mask
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & mask
+    return value ^ value >> 31

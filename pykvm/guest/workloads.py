@@ -14,7 +14,7 @@ from pykvm.guest.protocol import DOORBELL_PORT, RECORD_LIMIT, RECORD_SHIFT, Bloc
 from pykvm.guest.report import Corruption, GuestReport, explain
 from pykvm.guest.runner import GuestRunner
 from pykvm.guest.workload_boot import create_slots, load_workload
-from pykvm.guest.workload_config import Layout, Region, WorkloadConfig, gpa_of
+from pykvm.guest.workload_config import Layout, Region, WorkloadConfig, gpa_of, random_numbers
 from pykvm.machine import Machine, System, Vcpu
 from pykvm.memory import PAGE_SIZE, GuestMemory
 from pykvm.x86.exceptions import Vector
@@ -129,8 +129,8 @@ class WorkloadGuest:
         if address == self.layout.shared:
             cause, suspect = "the shared counter went backwards", address
         else:
-            # The keys are odd; a guest that ran wild may hold others, which have no inverse.
-            keys = (_field(block, Block.KEY1) | 1, _field(block, Block.KEY2) | 1)
+            # Not from the block: that is guest memory, which may be lost like any other page.
+            _, *keys = random_numbers(self.config, vcpu)
             strings = self.config.workload == "strings"
             region = self.layout.regions[vcpu]
             cause, suspect = explain(address, found, visit, region, keys, strings=strings)

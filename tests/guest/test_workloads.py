@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 
@@ -329,6 +330,20 @@ def test_smp_notices_that_the_shared_page_went_back_in_time(system):
         records = guest.report().corruptions
         assert {record.page for record in records} == {guest.layout.shared}
         assert "backwards" in records[0].cause
+
+
+@pytest.mark.parametrize("workload", ["smp", "strings"])
+def test_reports_survive_a_vcpu_block_of_garbage(system, workload):
+    """The block is guest memory: it may be lost like any other page."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    with WorkloadGuest.create(system, WorkloadConfig(workload, memory=2 * MIB)) as guest:
+        for content in (bytes(PAGE_SIZE), b"\xff" * PAGE_SIZE, chance.randbytes(PAGE_SIZE)):
+            guest.memory.write(guest.layout.blocks[0], content)
+            report = guest.report()
+            assert len(report.corruptions) <= 64
+            assert all(str(record) for record in report.corruptions)
 
 
 def test_corruption_callback_and_exit_status(system):
