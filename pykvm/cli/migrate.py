@@ -16,8 +16,7 @@ from pykvm.cli.migration import Sending, policy_options
 from pykvm.cli.options import guest_config, guest_options, tracker_of, tracker_options
 from pykvm.cli.parameters import duration_type
 from pykvm.cli.session import Session, common_options
-from pykvm.errors import PykvmError
-from pykvm.migrate import Address, Policy, connect
+from pykvm.migrate import Address, MigrationResult, Policy, connect
 
 
 @click.group("migrate", invoke_without_command=True, short_help="Migrate a running guest and prove it.")
@@ -72,6 +71,7 @@ def _both(
     downtime_limit: float,
     max_rounds: int,
     warm_up: float,
+    attempts: int,
     sabotage: str | None,
     report_path: Path | None,
     **options: Any,
@@ -92,21 +92,23 @@ def _both(
     with (
         tempfile.TemporaryDirectory(prefix="pykvm-") as folder,
         open_system(session.backend) as system,
-        DestinationProcess(
-            str(chosen or ("tcp:0" if transport == "tcp" else f"unix:{folder}/migration")),
-            backend=session.backend,
-            check_seconds=check_seconds,
-            max_memory=config.memory,
-        ) as destination,
         sending.start(system, warm_up) as guest,
     ):
-        try:
-            result = sending.move(guest, connect(destination.address()), fence=destination.kill)
-        except PykvmError as error:
-            sending.failed(error, guest)
-            raise
-        session.document["destination"] = destination.document()
-        sending.succeeded(result)
+
+        def once() -> MigrationResult:
+            # A path of its own for each attempt: a killed receiver leaves its socket behind.
+            fresh = "tcp:0" if transport == "tcp" else f"unix:{folder}/{session.document['attempts']}"
+            with DestinationProcess(
+                str(chosen or fresh),
+                backend=session.backend,
+                check_seconds=check_seconds,
+                max_memory=config.memory,
+            ) as destination:
+                result = sending.move(guest, connect(destination.address()), fence=destination.kill)
+                session.document["destination"] = destination.document()
+                return result
+
+        sending.attempt(guest, attempts, once)
 
 
 command.add_command(migrate_send.command)

@@ -11,24 +11,13 @@ from pykvm.backends import open_system
 from pykvm.cli.migration import Sending, policy_options
 from pykvm.cli.options import guest_config, guest_options, tracker_of, tracker_options
 from pykvm.cli.session import Session, common_options
-from pykvm.errors import MigrationError, PykvmError
 from pykvm.migrate import Address, Policy, connect
-
-_PAUSE_SECONDS = 0.5
-"""Between two attempts, for the receiver to come back."""
 
 
 @click.command("send", short_help="Start a guest here and move it to a receiver.")
 @click.option("--address", required=True, help="Where the receiver listens: unix:PATH or tcp:HOST:PORT.")
 @click.option(
     "--workload", default="hotspot", show_default=True, help="The guest; 'pykvm guests list' names them."
-)
-@click.option(
-    "--attempts",
-    type=click.IntRange(1, 100),
-    default=1,
-    show_default=True,
-    help="Try again this often if a migration fails before the switch-over.",
 )
 @guest_options
 @tracker_options
@@ -59,16 +48,4 @@ def command(
         report_path=report_path,
     )
     with open_system(session.backend) as system, sending.start(system, warm_up) as guest:
-        for attempt in range(1, attempts + 1):
-            try:
-                result = sending.move(guest, connect(where))
-            except PykvmError as error:
-                if isinstance(error, MigrationError) and attempt < attempts:
-                    session.note(f"attempt {attempt} failed: {error}")
-                    guest.runner.wait(_PAUSE_SECONDS)
-                    continue
-                sending.failed(error, guest)
-                raise
-            session.document["attempts"] = attempt
-            sending.succeeded(result)
-            return
+        sending.attempt(guest, attempts, lambda: sending.move(guest, connect(where)))

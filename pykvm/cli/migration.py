@@ -14,7 +14,7 @@ from rich.text import Text
 
 from pykvm.cli.parameters import duration_type, number_type, rate_type
 from pykvm.cli.session import Session
-from pykvm.errors import GuestError, UsageError, VerificationError
+from pykvm.errors import GuestError, MigrationError, PykvmError, UsageError, VerificationError
 from pykvm.guest.workloads import WorkloadConfig, WorkloadGuest
 from pykvm.machine import System
 from pykvm.memory import PAGE_SIZE
@@ -37,6 +37,9 @@ from pykvm.track import Tracker
 
 Command = Callable[..., Any]
 
+_PAUSE_SECONDS = 0.5
+"""Between two attempts, for the receiver to come back."""
+
 _PHASES = {
     Phase.CONNECT: "connecting",
     Phase.COPY: "copying",
@@ -50,7 +53,7 @@ _PHASES = {
 
 
 def policy_options(command: Command) -> Command:
-    """--bandwidth, --downtime-limit, --max-rounds, --sabotage, --warm-up, --report."""
+    """--bandwidth, --downtime-limit, --max-rounds, --warm-up, --attempts, --sabotage, --report."""
     for option in (
         click.option(
             "--report",
@@ -62,6 +65,13 @@ def policy_options(command: Command) -> Command:
             "--sabotage",
             type=click.Choice(SABOTAGES),
             help="Drop a page on purpose; the proof must then fail and name it (status 10).",
+        ),
+        click.option(
+            "--attempts",
+            type=click.IntRange(1, 100),
+            default=1,
+            show_default=True,
+            help="Try this often if a migration fails before the switch-over; the guest runs on in between.",
         ),
         click.option(
             "--warm-up",
@@ -119,7 +129,8 @@ class ProgressDisplay:
         if progress.completed is not None:
             self.rounds.append(progress.completed)
         if self._console.is_terminal:
-            self._live.update(Text(_progress_text(progress)), refresh=True)
+            done = progress.completed
+            self._live.update(Text(_round_text(done) if done else _progress_text(progress)), refresh=True)
         elif progress.completed is not None:
             self._console.print(_round_text(progress.completed), markup=False)
         elif progress.phase is not self._phase and progress.phase is not Phase.COPY:
@@ -201,6 +212,25 @@ class Sending:
                 sabotage=self._sabotage,
                 fence=fence,
             )
+
+    def attempt(self, guest: WorkloadGuest, attempts: int, once: Callable[[], MigrationResult]) -> None:
+        """Migrate with ``once``, again while it fails with the guest still here, and tell how it went.
+
+        Raises what the last attempt raised, or what the guest found at the destination.
+        """
+        for number in range(1, attempts + 1):
+            self._session.document["attempts"] = number
+            try:
+                result = once()
+            except PykvmError as error:
+                if isinstance(error, MigrationError) and number < attempts:
+                    self._session.note(f"attempt {number} failed: {error}")
+                    guest.runner.wait(_PAUSE_SECONDS)
+                    continue
+                self.failed(error, guest)
+                raise
+            self.succeeded(result)
+            return
 
     def succeeded(self, result: MigrationResult) -> None:
         """Print, write and judge a migration that went through.  Raises what the guest found."""

@@ -226,6 +226,20 @@ def test_a_killed_child_is_a_failed_migration(processes: list[Process]) -> None:
     assert not is_alive(child)
 
 
+def test_after_a_killed_child_a_second_attempt_succeeds(processes: list[Process]) -> None:
+    source = Process("migrate", *SMALL, *SLOW, "--check-seconds", "100ms", "--attempts", "2", "--json")
+    processes.append(source)
+    child = one_child(source)
+    source.await_line("connecting")
+    time.sleep(0.4)
+    os.kill(child, signal.SIGKILL)
+    result = source.end()
+    assert result.status == 0, result.err
+    assert result.document["attempts"] == 2
+    assert result.document["verified"] is True
+    assert result.document["guest_corruptions"] == 0
+
+
 def test_a_killed_source_takes_the_child_with_it(processes: list[Process]) -> None:
     source = Process("migrate", *SMALL, *SLOW, "--json")
     processes.append(source)
