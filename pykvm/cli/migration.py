@@ -309,6 +309,7 @@ class Sending:
             digest_destination=result.digest_destination if result else "",
             guest_checks=guest.checks,
             guest_corruptions=guest.corruptions,
+            converged=result.converged if result else True,
             problem=problem,
             wrong_pages=wrong,
             parameters={

@@ -148,6 +148,7 @@ def migration_page(report: MigrationReport) -> str:
     problem = ""
     if report.problem:
         problem = f'<p class="problem">{escape(report.problem)}</p>'
+    remark = f'<p class="note">{escape(report.remark)}</p>' if report.remark else ""
     tiles = (
         _tile(_seconds(report.downtime_seconds), "downtime")
         + _tile(seconds_text(report.total_seconds), "total time")
@@ -171,7 +172,7 @@ def migration_page(report: MigrationReport) -> str:
         f"<style>{_STYLE}</style></head><body><main>"
         f"<header><h1>Live migration</h1>{verdict}<p>{escape(guest)}</p></header>"
         f'{problem}<div class="tiles">{tiles}</div>'
-        f"<section><h2>Rounds</h2>{_rounds(report)}</section>"
+        f"<section><h2>Rounds</h2>{remark}{_rounds(report)}</section>"
         '<section><h2>Rate over time</h2><p class="note">The area of a block is what the round '
         f"sent; the final round, with paused vCPUs, stands out.</p>{timeline(report)}</section>"
         f"{heat_section if heat else ''}"

@@ -34,7 +34,8 @@ class Round:
 class MigrationReport:
     """A finished migration.  ``verified`` means equal digests and a destination guest that found no damage.
 
-    Seconds are None and digests empty where the migration did not come that far.  ``wrong_pages``: numbers of
+    ``converged``: what was left for the final round fitted the downtime limit, rather than the rounds having
+    run out.  Seconds are None and digests empty where the migration did not come that far.  ``wrong_pages``: numbers of
     pages that differ, within the guest's memory.  ``parameters`` are shown as they are, in their order.
     """
 
@@ -55,6 +56,7 @@ class MigrationReport:
     digest_destination: str
     guest_checks: int
     guest_corruptions: int
+    converged: bool = True
     problem: str = ""
     wrong_pages: tuple[int, ...] = ()
     parameters: dict[str, str] = field(default_factory=dict)
@@ -64,3 +66,13 @@ class MigrationReport:
         """Bytes per second over the rounds (not over the digests)."""
         seconds = sum(item.seconds for item in self.rounds)
         return self.bytes_sent / seconds if seconds > 0 else 0.0
+
+    @property
+    def remark(self) -> str:
+        """One sentence about a migration that could not keep its downtime limit; else empty."""
+        if self.converged:
+            return ""
+        return (
+            "The guest wrote faster than the limits allow: the rounds ran out before what was left fitted the "
+            "downtime limit."
+        )

@@ -65,6 +65,8 @@ def summary_table(report: MigrationReport) -> Table:
     )
     if report.downtime_seconds is not None:
         table.add_row("downtime", seconds_text(report.downtime_seconds))
+    if report.remark:
+        table.add_row("", report.remark)
     total = f"{seconds_text(report.total_seconds)} in {plural(len(report.rounds), 'round')}"
     if report.digest_seconds is not None:
         total += f", of these {seconds_text(report.digest_seconds)} for the digests"

@@ -129,6 +129,12 @@ def test_the_heat_map_names_the_addresses_and_their_pages() -> None:
     assert "round 0, 0x200000 to 0x300000: 1 of 256 pages" in page.text
 
 
+def test_limits_that_were_not_kept_are_mentioned() -> None:
+    remark = "the rounds ran out"
+    assert remark not in migration_page(REPORT)
+    assert remark in migration_page(replace(REPORT, converged=False))
+
+
 def test_both_colour_schemes_are_there() -> None:
     assert "prefers-color-scheme: dark" in migration_page(REPORT)
 
