@@ -6,9 +6,9 @@
  * handler of ours goes before Python's in the main thread, the only one that runs Python handlers: it
  * makes KVM_RUN return at once (immediate_exit, api.rst section 5), or run.c not enter at all.
  *
- * Dispositions change at run time, and asking costs as much as a cheap ioctl each.  They are looked at
- * again when some milliseconds have passed, so only a signal that comes within those after its handler was
- * installed anew, and in the window above too, is handled late.
+ * Dispositions change at run time, and asking for one costs as much as a cheap ioctl.  They are looked at
+ * again when some time has passed, so only a signal that comes in the window above and within a fraction of
+ * a millisecond after its handler was installed anew is handled late.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -19,7 +19,7 @@
 
 #include "hot.h"
 
-#define LOOK_AGAIN (1ULL << 24) /* time-stamp counter ticks: 4 to 10 ms */
+#define LOOK_AGAIN (1ULL << 20) /* time-stamp counter ticks: well below a millisecond */
 
 /* initial-exec: the handler must not allocate, and the first touch of other thread-local storage does. */
 #define HERE static __thread __attribute__((tls_model("initial-exec")))
