@@ -35,8 +35,9 @@ class MigrationReport:
     """A finished migration.  ``verified`` means equal digests and a destination guest that found no damage.
 
     ``converged``: what was left for the final round fitted the downtime limit, rather than the rounds having
-    run out.  Seconds are None and digests empty where the migration did not come that far.  ``wrong_pages``: numbers of
-    pages that differ, within the guest's memory.  ``parameters`` are shown as they are, in their order.
+    run out.  Seconds are None and digests empty where the migration did not come that far.
+    ``wrong_pages``: numbers of pages that differ, within the guest's memory.  ``parameters`` are shown as
+    they are, in their order.
     """
 
     verified: bool
@@ -63,9 +64,9 @@ class MigrationReport:
 
     @property
     def throughput(self) -> float:
-        """Bytes per second over the rounds (not over the digests)."""
+        """Bytes per second over the rounds."""
         seconds = sum(item.seconds for item in self.rounds)
-        return self.bytes_sent / seconds if seconds > 0 else 0.0
+        return sum(item.bytes for item in self.rounds) / seconds if seconds > 0 else 0.0
 
     @property
     def remark(self) -> str:
@@ -73,6 +74,6 @@ class MigrationReport:
         if self.converged:
             return ""
         return (
-            "The guest wrote faster than the limits allow: the rounds ran out before what was left fitted the "
-            "downtime limit."
+            "The guest wrote faster than the limits allow: the rounds ran out before what was left fitted "
+            "the downtime limit."
         )
