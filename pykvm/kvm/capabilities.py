@@ -21,7 +21,7 @@ class Capability(IntEnum):
 
     IRQCHIP = 0  # in-kernel PIC, IOAPIC and LAPIC (api.rst 4.24)
     HLT = 1  # HLT exits
-    MMU_SHADOW_CACHE_CONTROL = 2  # KVM_SET_NR_MMU_PAGES (4.44)
+    MMU_SHADOW_CACHE_CONTROL = 2  # KVM_SET_NR_MMU_PAGES
     USER_MEMORY = 3  # memslots over user memory (4.35)
     SET_TSS_ADDR = 4  # KVM_SET_TSS_ADDR, Intel only in effect (4.36)
     VAPIC = 6  # TPR access reporting
@@ -87,7 +87,7 @@ class Capability(IntEnum):
     S390_GMAP = 71
     TSC_DEADLINE_TIMER = 72  # the LAPIC's TSC-deadline mode
     S390_UCONTROL = 73
-    SYNC_REGS = 74  # value: register sets shared through kvm_run (KVM_SYNC_X86_*)
+    SYNC_REGS = 74  # value: register sets shared through kvm_run (6.74)
     PCI_2_3 = 75
     KVMCLOCK_CTRL = 76  # KVM_KVMCLOCK_CTRL (4.70)
     SIGNAL_MSI = 77  # KVM_SIGNAL_MSI (4.71)
@@ -140,7 +140,7 @@ class Capability(IntEnum):
     S390_RI = 124
     SPAPR_TCE_64 = 125
     ARM_PMU_V3 = 126
-    VCPU_ATTRIBUTES = 127  # device attributes of a vCPU (4.79)
+    VCPU_ATTRIBUTES = 127  # device attributes of a vCPU (4.80)
     MAX_VCPU_ID = 128  # one more than the largest vCPU id
     X2APIC_API = 129  # 32-bit APIC ids in the LAPIC, MSI and routing ioctls (7.7)
     S390_USER_INSTR0 = 130
@@ -172,12 +172,12 @@ class Capability(IntEnum):
     S390_HPAGE_1M = 156
     NESTED_STATE = 157  # value: largest state of KVM_GET/SET_NESTED_STATE (4.114)
     ARM_INJECT_SERROR_ESR = 158
-    MSR_PLATFORM_INFO = 159  # the guest may read MSR_PLATFORM_INFO (7.17)
+    MSR_PLATFORM_INFO = 159  # the guest may read MSR_PLATFORM_INFO (7.15)
     PPC_NESTED_HV = 160
     HYPERV_SEND_IPI = 161  # Hyper-V IPI hypercall
     COALESCED_PIO = 162  # coalesced zones of I/O ports (4.116)
     HYPERV_ENLIGHTENED_VMCS = 163  # enlightened VMCS for nested Hyper-V
-    EXCEPTION_PAYLOAD = 164  # exception payloads in the vCPU events (7.16)
+    EXCEPTION_PAYLOAD = 164  # exception payloads in the vCPU events (7.17)
     ARM_VM_IPA_SIZE = 165
     MANUAL_DIRTY_LOG_PROTECT = 166  # obsolete: the broken predecessor of ...PROTECT2
     HYPERV_CPUID = 167  # KVM_GET_SUPPORTED_HV_CPUID
@@ -195,18 +195,18 @@ class Capability(IntEnum):
     S390_VCPU_RESETS = 179
     S390_PROTECTED = 180
     PPC_SECURE_GUEST = 181
-    HALT_POLL = 182  # per-VM halt polling time (7.21)
+    HALT_POLL = 182  # per-VM halt polling time (7.20)
     ASYNC_PF_INT = 183  # asynchronous page faults end with an interrupt
     LAST_CPU = 184  # the host CPU in fail_entry and internal-error exits
     SMALLER_MAXPHYADDR = 185  # guests may have fewer physical address bits than the host
     S390_DIAG318 = 186
     STEAL_TIME = 187  # stolen time (value on x86)
-    X86_USER_SPACE_MSR = 188  # exits for refused MSR accesses (7.22)
+    X86_USER_SPACE_MSR = 188  # exits for refused MSR accesses (7.21)
     X86_MSR_FILTER = 189  # KVM_X86_SET_MSR_FILTER (4.97)
-    ENFORCE_PV_FEATURE_CPUID = 190  # paravirtual features only as CPUID says (8.27)
+    ENFORCE_PV_FEATURE_CPUID = 190  # paravirtual features only as CPUID says
     SYS_HYPERV_CPUID = 191  # KVM_GET_SUPPORTED_HV_CPUID on /dev/kvm
     DIRTY_LOG_RING = 192  # value: bytes of the largest dirty ring (8.29)
-    X86_BUS_LOCK_EXIT = 193  # exits on bus locks (7.23)
+    X86_BUS_LOCK_EXIT = 193  # exits on bus locks
     PPC_DAWR1 = 194
     SET_GUEST_DEBUG2 = 195  # value: supported KVM_GUESTDBG_* flags
     SGX_ATTRIBUTE = 196  # SGX provisioning key
@@ -217,7 +217,7 @@ class Capability(IntEnum):
     EXIT_HYPERCALL = 201  # value: hypercalls that can exit
     PPC_RPT_INVALIDATE = 202
     BINARY_STATS_FD = 203  # KVM_GET_STATS_FD (4.133)
-    EXIT_ON_EMULATION_FAILURE = 204  # every emulation failure exits (7.28)
+    EXIT_ON_EMULATION_FAILURE = 204  # every emulation failure exits
     ARM_MTE = 205
     VM_MOVE_ENC_CONTEXT_FROM = 206  # SEV: move between VMs
     VM_GPA_BITS = 207  # guest-physical address bits
@@ -284,7 +284,7 @@ class Extensions(Managed):
         return self.ioctl_int(lib.KVM_CHECK_EXTENSION, int(capability), "KVM_CHECK_EXTENSION")
 
     def require(self, capability: int, purpose: str) -> int:
-        """The capability's value.  Raises CapabilityError where it lacks; ``purpose`` says who needs it."""
+        """KVM_CHECK_EXTENSION (api.rst 4.4) for ``purpose``.  Raises CapabilityError where it answers 0."""
         value = self.check_extension(capability)
         if not value:
             raise CapabilityError(

@@ -87,7 +87,7 @@ class VcpuDebug(Managed):
         self._debug(debug)
 
     def clear_guest_debug(self) -> None:
-        """KVM_SET_GUEST_DEBUG with nothing asked for: the guest has its debug registers back."""
+        """KVM_SET_GUEST_DEBUG (api.rst 4.87) with nothing asked for: the guest has its registers back."""
         self._debug(ffi.new("struct pykvm_guest_debug *"))
 
     def _debug(self, debug: object) -> None:

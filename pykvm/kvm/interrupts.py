@@ -141,7 +141,7 @@ class VmInterrupts(Extensions):
             self._irqfd(eventfd, gsi, lib.KVM_IRQFD_FLAG_RESAMPLE, resample)
 
     def remove_irqfd(self, eventfd: int, gsi: int) -> None:
-        """Undo ``assign_irqfd``; after the return no write raises the GSI any more."""
+        """KVM_IRQFD (api.rst 4.75) to undo an assignment: no later write raises the GSI."""
         self._irqfd(eventfd, gsi, lib.KVM_IRQFD_FLAG_DEASSIGN, 0)
 
     def _irqfd(self, eventfd: int, gsi: int, flags: int, resample: int) -> None:

@@ -46,7 +46,7 @@ class VmIoEvents(Extensions):
     def remove_ioeventfd(
         self, eventfd: int, address: int, length: int, *, match: int | None = None, port: bool = False
     ) -> None:
-        """Undo ``assign_ioeventfd`` with the same arguments.  Raises KvmError (ENOENT) for none such."""
+        """KVM_IOEVENTFD (api.rst 4.59) to undo an assignment.  Raises KvmError (ENOENT) for none such."""
         self._ioeventfd(eventfd, address, length, match, port, lib.KVM_IOEVENTFD_FLAG_DEASSIGN)
 
     def _ioeventfd(

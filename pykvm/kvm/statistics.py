@@ -134,7 +134,7 @@ class Measured(Managed):
             raise CapabilityError("Statistics need KVM_CAP_BINARY_STATS_FD, that is Linux 5.14.") from None
 
     def statistics(self) -> Statistics:
-        """A snapshot; also while vCPUs run.  Raises CapabilityError, ClosedError."""
+        """A snapshot (api.rst 4.133); also while vCPUs run.  Raises CapabilityError, ClosedError."""
         with self._statistics_lock:
             if self._statistics is None:
                 self._statistics = self.open_statistics()

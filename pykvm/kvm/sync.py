@@ -1,4 +1,4 @@
-"""Register sets shared through the kvm_run page, which saves ioctls (api.rst section 5, kvm_valid_regs)."""
+"""Register sets shared through the kvm_run page, which saves ioctls (api.rst 6.74)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class VcpuSync(Managed):
         _page: CData | None
 
     def share_registers(self, sets: SyncSet) -> None:
-        """Have these sets copied out at each exit from the next run on (KVM_CAP_SYNC_REGS).
+        """Have these sets copied out at each exit from the next run on (KVM_CAP_SYNC_REGS, api.rst 6.74).
 
         Raises CapabilityError where the host cannot share one of them.
         """

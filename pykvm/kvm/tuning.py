@@ -34,8 +34,8 @@ class VmTuning(Extensions, Switches):
     def set_nr_mmu_pages(self, pages: int) -> None:
         """KVM_SET_NR_MMU_PAGES (KVM_CAP_MMU_SHADOW_CACHE_CONTROL): at most so many shadow pages, from 64 on.
 
-        Matters for shadow paging; the default is 2 % of the slots' pages.  Raises UsageError for no
-        unsigned 32-bit number, KvmError (EINVAL) below 64.
+        Not in api.rst; matters for shadow paging, where 2 % of the slots' pages is the default.  Raises
+        UsageError for no unsigned 32-bit number, KvmError (EINVAL) below 64.
         """
         if not 0 <= pages < 1 << 32:
             raise UsageError(f"{pages} shadow pages: use an unsigned 32-bit number.")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from pykvm.errors import BusyError, ClosedError, PendingExitError, UsageError
-from pykvm.kvm import KvmSystem, KvmVcpu
+from pykvm.errors import BusyError, ClosedError, PendingExitError, PykvmError, UsageError
+from pykvm.kvm import KvmSystem, KvmVcpu, KvmVm
 from pykvm.kvm.events import MpState
 from pykvm.machine import IoIn, IoOut, Kicked, MmioWrite, Registers
 from pykvm.machine.state import DebugRegisters, MachineState, PitState, VcpuState
@@ -358,3 +361,37 @@ def test_a_running_or_closed_vcpu_cannot_be_saved(guests: type) -> None:
         guest.vcpu.save_state()
     with pytest.raises(ClosedError):
         guest.vcpu.complete_io()
+
+
+def test_a_damaged_state_is_taken_or_refused_with_a_reason(vm: KvmVm) -> None:
+    """What passes the JSON checks may still be nonsense to KVM: that is a PykvmError, whatever it is."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    vm.create_irqchip()
+    vcpu = vm.create_vcpu()
+    whole = vcpu.save_state().to_json()
+    refused: list[str] = []
+    for _ in range(150):
+        damaged = copy.deepcopy(whole)
+        damage(damaged, rng)
+        try:
+            vcpu.load_state(VcpuState.from_json(damaged))
+        except PykvmError as error:
+            refused.append(str(error))
+    assert refused
+    assert all(len(reason) > 20 for reason in refused)
+
+
+def damage(state: Any, rng: random.Random) -> None:
+    """Change one leaf somewhere."""
+    key = rng.choice(list(state) if isinstance(state, dict) else range(len(state)))
+    value = state[key]
+    if isinstance(value, (dict, list)) and value:
+        damage(value, rng)
+    elif isinstance(value, str):
+        octets = bytearray.fromhex(value)
+        octets[rng.randrange(len(octets))] ^= 1 << rng.randrange(8)
+        state[key] = octets.hex()
+    else:
+        state[key] = rng.getrandbits(rng.choice((1, 16, 32, 64)))
