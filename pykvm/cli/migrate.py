@@ -12,9 +12,9 @@ from click.core import ParameterSource
 from pykvm.backends import open_system
 from pykvm.cli import migrate_receive, migrate_send
 from pykvm.cli.destination_process import DestinationProcess
-from pykvm.cli.migration import Sending, policy_options
-from pykvm.cli.options import guest_config, guest_options, tracker_of, tracker_options
+from pykvm.cli.options import guest_config, guest_options, policy_options, tracker_of, tracker_options
 from pykvm.cli.parameters import duration_type
+from pykvm.cli.sending import Sending
 from pykvm.cli.session import Session, common_options
 from pykvm.migrate import Address, MigrationResult, Policy, connect
 

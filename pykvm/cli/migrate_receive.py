@@ -8,8 +8,8 @@ import click
 
 from pykvm.backends import open_system
 from pykvm.cli.destination_process import LISTENING
-from pykvm.cli.migration import ProgressDisplay
 from pykvm.cli.parameters import duration_type, size_type
+from pykvm.cli.progress import ProgressDisplay
 from pykvm.cli.session import Session, common_options
 from pykvm.memory import PAGE_SIZE
 from pykvm.migrate import Acceptance, ReceivedGuest, listen, receive

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from pykvm.backends import open_system
-from pykvm.cli.migration import Sending, policy_options
-from pykvm.cli.options import guest_config, guest_options, tracker_of, tracker_options
+from pykvm.cli.options import guest_config, guest_options, policy_options, tracker_of, tracker_options
+from pykvm.cli.sending import Sending
 from pykvm.cli.session import Session, common_options
 from pykvm.migrate import Address, Policy, connect
 

@@ -1,15 +1,17 @@
-"""Options that several commands share: which guest, and how its writes are tracked."""
+"""Options that several commands share: which guest, how its writes are tracked, how it is migrated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
-from pykvm.cli.parameters import number_type, size_type
+from pykvm.cli.parameters import duration_type, number_type, rate_type, size_type
 from pykvm.guest.workloads import WorkloadConfig
 from pykvm.memory import PAGE_SIZE
+from pykvm.migrate import SABOTAGES
 from pykvm.track import TRACKERS, Tracker, make_tracker
 
 Command = Callable[..., Any]
@@ -106,3 +108,57 @@ def tracker_of(options: dict[str, Any]) -> Tracker:
         ring_entries=options.pop("ring_entries"),
         clear_chunk=chunk // PAGE_SIZE if chunk else None,
     )
+
+
+def policy_options(command: Command) -> Command:
+    """--bandwidth, --downtime-limit, --max-rounds, --warm-up, --attempts, --sabotage, --report."""
+    for option in (
+        click.option(
+            "--report",
+            "report_path",
+            type=click.Path(dir_okay=False, path_type=Path),
+            help="Write a self-contained HTML page about the migration to this file.",
+        ),
+        click.option(
+            "--sabotage",
+            type=click.Choice(SABOTAGES),
+            help="Drop a page on purpose; the proof must then fail and name it (status 10).",
+        ),
+        click.option(
+            "--attempts",
+            type=click.IntRange(1, 100),
+            default=1,
+            show_default=True,
+            help="Try this often if a migration fails before the switch-over; the guest runs on in between.",
+        ),
+        click.option(
+            "--warm-up",
+            type=duration_type(),
+            default="1s",
+            show_default=True,
+            help="Let the guest run for this long before the migration begins.",
+        ),
+        click.option(
+            "--max-rounds",
+            type=number_type(1, 100_000),
+            default="30",
+            show_default=True,
+            help="Pause the guest after this many rounds, however much is left to send.",
+        ),
+        click.option(
+            "--downtime-limit",
+            type=duration_type(),
+            default="300ms",
+            show_default=True,
+            help="Pause the guest once what is left is estimated to take no longer than this.",
+        ),
+        click.option(
+            "--bandwidth",
+            type=rate_type(),
+            default="0",
+            show_default=True,
+            help="Most bytes per second on the wire, such as 100M; 0 means no limit.",
+        ),
+    ):
+        command = option(command)
+    return command

@@ -1,162 +1,27 @@
-"""What the three forms of ``pykvm migrate`` share: progress, documents, the report's values."""
+"""The source's side of ``pykvm migrate`` and ``pykvm migrate send``: documents, tables and the report."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-import click
-from rich.live import Live
-from rich.text import Text
-
-from pykvm.cli.parameters import duration_type, number_type, rate_type
+from pykvm.cli.progress import ProgressDisplay
 from pykvm.cli.session import Session
 from pykvm.errors import GuestError, MigrationError, PykvmError, UsageError, VerificationError
 from pykvm.guest.workloads import WorkloadConfig, WorkloadGuest
 from pykvm.machine import System
 from pykvm.memory import PAGE_SIZE
-from pykvm.migrate import (
-    SABOTAGES,
-    Channel,
-    GuestChecks,
-    MigrationResult,
-    Phase,
-    Policy,
-    Progress,
-    RoundResult,
-    send,
-)
+from pykvm.migrate import Channel, GuestChecks, MigrationResult, Policy, RoundResult, send
 from pykvm.report.html import migration_page
 from pykvm.report.migration import MigrationReport, Round
 from pykvm.report.terminal import rounds_table, summary_table
 from pykvm.report.text import count_text, plural, rate_text, seconds_text
 from pykvm.track import Tracker
 
-Command = Callable[..., Any]
-
 _PAUSE_SECONDS = 0.5
 """Between two attempts, for the receiver to come back."""
-
-_PHASES = {
-    Phase.CONNECT: "connecting",
-    Phase.COPY: "copying",
-    Phase.PAUSE: "pausing the guest",
-    Phase.VERIFY: "comparing the digests of all pages",
-    Phase.STATE: "moving the state of the vCPUs",
-    Phase.HANDOVER: "handing over",
-    Phase.CHECK: "the guest runs at the destination and checks its memory",
-    Phase.DONE: "done",
-}
-
-
-def policy_options(command: Command) -> Command:
-    """--bandwidth, --downtime-limit, --max-rounds, --warm-up, --attempts, --sabotage, --report."""
-    for option in (
-        click.option(
-            "--report",
-            "report_path",
-            type=click.Path(dir_okay=False, path_type=Path),
-            help="Write a self-contained HTML page about the migration to this file.",
-        ),
-        click.option(
-            "--sabotage",
-            type=click.Choice(SABOTAGES),
-            help="Drop a page on purpose; the proof must then fail and name it (status 10).",
-        ),
-        click.option(
-            "--attempts",
-            type=click.IntRange(1, 100),
-            default=1,
-            show_default=True,
-            help="Try this often if a migration fails before the switch-over; the guest runs on in between.",
-        ),
-        click.option(
-            "--warm-up",
-            type=duration_type(),
-            default="1s",
-            show_default=True,
-            help="Let the guest run for this long before the migration begins.",
-        ),
-        click.option(
-            "--max-rounds",
-            type=number_type(1, 100_000),
-            default="30",
-            show_default=True,
-            help="Pause the guest after this many rounds, however much is left to send.",
-        ),
-        click.option(
-            "--downtime-limit",
-            type=duration_type(),
-            default="300ms",
-            show_default=True,
-            help="Pause the guest once what is left is estimated to take no longer than this.",
-        ),
-        click.option(
-            "--bandwidth",
-            type=rate_type(),
-            default="0",
-            show_default=True,
-            help="Most bytes per second on the wire, such as 100M; 0 means no limit.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-class ProgressDisplay:
-    """The newest progress in one line of a terminal; elsewhere a line for each phase and finished round."""
-
-    def __init__(self, session: Session) -> None:
-        self._console = session.progress
-        self._live = Live(console=self._console, auto_refresh=False, transient=True)
-        self._phase: Phase | None = None
-        self.rounds: list[RoundResult] = []
-
-    def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._live.stop()
-
-    def __call__(self, progress: Progress) -> None:
-        if progress.completed is not None:
-            self.rounds.append(progress.completed)
-        if self._console.is_terminal:
-            done = progress.completed
-            self._live.update(Text(_round_text(done) if done else _progress_text(progress)), refresh=True)
-        elif progress.completed is not None:
-            self._console.print(_round_text(progress.completed), markup=False)
-        elif progress.phase is not self._phase and progress.phase is not Phase.COPY:
-            self._console.print(_progress_text(progress), markup=False)
-        self._phase = progress.phase
-
-
-def _progress_text(progress: Progress) -> str:
-    if progress.phase is not Phase.COPY:
-        return f"{_PHASES[progress.phase]} …" if progress.phase is not Phase.DONE else "done"
-    text = f"round {progress.round}: {count_text(progress.pages_done)}"
-    if progress.pages_total:
-        text += f" of {count_text(progress.pages_total)}"
-    text += " pages"
-    if progress.rate:
-        text += f", {rate_text(progress.rate)}"
-    if progress.estimate is not None:
-        text += f", about {seconds_text(progress.estimate)} left"
-    return text
-
-
-def _round_text(done: RoundResult) -> str:
-    text = (
-        f"round {done.number}: {plural(done.pages + done.zero_pages, 'page')} in {seconds_text(done.seconds)}"
-    )
-    return text if done.final else f"{text}, {count_text(done.pages_dirtied)} dirtied meanwhile"
 
 
 class Sending:
