@@ -320,14 +320,15 @@ class VmMemory(Managed):
                 raise slot.closed_error()
             if gpa != slot.gpa:
                 self._before_slot_change()
-            self._set(slot, gpa, flags)
-            if gpa != slot.gpa:
-                slot.gpa = gpa
-                slot.frames = SlotFrames(slot.base_gfn, slot.npages)
-                slot.log = None
-            slot.flags = flags
-            if not flags & SlotFlags.LOG_DIRTY_PAGES:
-                slot.log = None
+            with slot.log_lock:
+                self._set(slot, gpa, flags)
+                if gpa != slot.gpa:
+                    slot.gpa = gpa
+                    slot.frames = SlotFrames(slot.base_gfn, slot.npages)
+                    slot.log = None
+                slot.flags = flags
+                if not flags & SlotFlags.LOG_DIRTY_PAGES:
+                    slot.log = None
 
     def delete_slot(self, slot: MemorySlot) -> None:
         """Remove a slot; dirty bits that nobody fetched are lost."""
@@ -338,9 +339,12 @@ class VmMemory(Managed):
             # Deletion is a region of size 0; the other fields do not matter but stay what they were.
             region = ffi.new("struct kvm_userspace_memory_region *")
             self._fill(region, slot.id, 0, slot.gpa, 0, slot.host_address)
-            self.ioctl(lib.KVM_SET_USER_MEMORY_REGION, region, "KVM_SET_USER_MEMORY_REGION")
-            del self._slots[slot.id]
-            slot.retire()
+            # SAFETY: not while KVM_GET_DIRTY_LOG is under way with a buffer of this slot's size: a larger
+            # slot that takes over the id would have the kernel write past its end.
+            with slot.log_lock:
+                self.ioctl(lib.KVM_SET_USER_MEMORY_REGION, region, "KVM_SET_USER_MEMORY_REGION")
+                del self._slots[slot.id]
+                slot.retire()
 
     def _before_slot_change(self) -> None:
         """Ring mode takes in the entries that still mean the slots as they are (see rings.py)."""
@@ -361,8 +365,8 @@ class VmMemory(Managed):
         Clears and re-protects unless manual protection is on.  Raises LoggingDisabledError,
         DirtyRingModeError, ClosedError.
         """
-        own = self._own(slot)
-        with own.log_lock:
+        with self._own(slot).log_lock:
+            own = self._own(slot)
             log = own.log or self._new_log(own)
             request = ffi.new("struct kvm_dirty_log *")
             request.slot = own.id
@@ -372,8 +376,8 @@ class VmMemory(Managed):
 
     def get_dirty_log(self, slot: Slot) -> Gfns:
         """KVM_GET_DIRTY_LOG as ascending gfns; otherwise as ``get_dirty_bitmap``."""
-        own = self._own(slot)
-        with own.log_lock:
+        with self._own(slot).log_lock:
+            own = self._own(slot)
             gfns = (own.log or self._new_log(own)).gfns(self._handle)
         if isinstance(gfns, int):
             raise self._error(gfns, "KVM_GET_DIRTY_LOG", _LOG_REFUSALS)
