@@ -1,4 +1,4 @@
-"""The bench runs, measures what it says, and prints what docs/benchmarks.md documents.  No speed is judged."""
+"""The bench runs, measures what it says, and prints what is documented.  No speed is judged."""
 
 from __future__ import annotations
 
