@@ -252,11 +252,14 @@ def test_a_killed_source_takes_the_child_with_it(processes: list[Process]) -> No
     assert not is_alive(child)
 
 
-def test_ctrl_c_leaves_no_process(processes: list[Process]) -> None:
+@pytest.mark.parametrize("hanging", [False, True])
+def test_ctrl_c_leaves_no_process(processes: list[Process], hanging: bool) -> None:
     source = Process("migrate", *SMALL, *SLOW, "--json")
     processes.append(source)
     child = one_child(source)
     source.await_line("connecting")
+    if hanging:
+        os.kill(child, signal.SIGSTOP)
     source.popen.send_signal(signal.SIGINT)
     result = source.end()
     assert result.status == 130, result.err
