@@ -157,7 +157,9 @@ class KvmVcpu(VcpuSnapshot, VcpuCoalesced, VcpuDebug, VcpuSync, VcpuStatistics, 
         deadline = time.monotonic() + wait
         while state.kick and state.tid:
             if time.monotonic() > deadline:
-                raise GuestTimeoutError(f"{self.name} did not leave the guest within {wait} s.")
+                raise GuestTimeoutError(
+                    f"{self.name} did not leave the guest within {wait} s; allow it more time."
+                )
             time.sleep(_POLL_SECONDS)
 
     def listen(self, ports: Iterable[int] | None) -> None:
