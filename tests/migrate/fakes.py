@@ -287,7 +287,7 @@ class FakeGuest:
 
 
 class FakeTracker:
-    """Collects what a FakeMachine logged, and ``always`` besides; ``error`` is raised instead of pages."""
+    """Collects what a FakeMachine logged, and ``always`` besides; ``error`` is raised after the first."""
 
     name = "fake"
 
@@ -297,6 +297,7 @@ class FakeTracker:
         self.machine: FakeMachine | None = None
         self.error = error
         self.always = always
+        self.collections = 0
 
     def prepare(self, machine: Machine) -> None:
         pass
@@ -313,7 +314,8 @@ class FakeTracker:
 
     def collect(self, *, final: bool = False) -> DirtyPages:
         assert self.machine is not None
-        if self.error is not None and self.machine.dirty:
+        self.collections += 1
+        if self.error is not None and self.collections > 1:
             raise self.error
         with self.machine.lock:
             pages, self.machine.dirty = self.machine.dirty, set()

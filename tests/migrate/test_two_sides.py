@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pykvm.errors import (
@@ -12,7 +14,7 @@ from pykvm.errors import (
 )
 from pykvm.memory import PAGE_SIZE
 from pykvm.migrate import Acceptance, Phase, Policy, Progress, pair, send
-from tests.migrate.fakes import FakeConfig, FakeTracker, assert_goes_on, running_guest
+from tests.migrate.fakes import FakeConfig, FakeGuest, FakeTracker, assert_goes_on, running_guest
 from tests.migrate.sides import Destination
 
 
@@ -82,19 +84,37 @@ def test_zero_pages_do_not_travel_and_pages_that_become_zero_arrive_as_zeros() -
 
 
 def test_a_lost_page_is_found_and_named_and_the_guest_stays() -> None:
+    tracker = FakeTracker()
     with running_guest() as guest:
         for _ in range(5):
             here, there = pair()
             destination = Destination(there)
             with pytest.raises(VerificationError, match=r"^1 of 64 pages differ .*: gfn 0x[0-9a-f]+ "):
-                send(guest, FakeTracker(), here, sabotage="lost-page")
+                send(guest, tracker, here, sabotage="lost-page")
             assert destination.join() is None
             assert isinstance(destination.error, VerificationError)
             assert destination.system.machines[0].closed
             assert_goes_on(guest, lambda: guest.count)
         here, there = pair()
         destination = Destination(there)
-        assert send(guest, FakeTracker(), here).verified
+        assert send(guest, tracker, here).verified
+        received = destination.join()
+        assert received is not None
+        received.close()
+
+
+def test_the_state_arrives_before_the_guest_runs() -> None:
+    here, there = pair()
+    arrived: list[int] = []
+
+    def adopt(machine: Any, memory: Any, description: Any) -> FakeGuest:
+        arrived.append(machine.vcpus[0].state.registers.rax)
+        return FakeGuest.adopt(machine, memory, description)
+
+    with running_guest() as guest:
+        destination = Destination(there, adopt=adopt)
+        send(guest, FakeTracker(), here)
+        assert arrived == [guest.count]
         received = destination.join()
         assert received is not None
         received.close()
