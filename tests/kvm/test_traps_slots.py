@@ -127,17 +127,16 @@ def test_the_first_matching_reason_wins(vm: KvmVm, area: int) -> None:
         vm.set_user_memory_region(1, 0, 0, PAGE_SIZE, area)
 
 
-def test_an_unmapped_host_address_is_accepted_and_fails_when_used(system: KvmSystem) -> None:
+def test_an_inaccessible_host_address_is_accepted_and_fails_when_used(system: KvmSystem) -> None:
     """hosts.md D.1: the host address is only looked up by a guest access.  hosts.md C.3: then EFAULT, or
     an MMIO exit where the access is emulated; never a silent success."""
-    hole = mmap.mmap(-1, PAGE_SIZE)
+    hole = mmap.mmap(-1, PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=0)
     address = int(ffi.cast("uintptr_t", ffi.from_buffer(hole)))
     with Tiny(system.create_machine(), pages=64) as guest:
-        # Within what the page tables map, but nobody's memory: the hole is unmapped before the access.
+        # Within what the page tables map; reserved (PROT_NONE), so that nobody else's memory can be there.
         guest.slot.delete()
         guest.vm.create_slot(guest.memory, 0, size=48 * PAGE_SIZE)
         guest.vm.set_user_memory_region(7, 0, 48 * PAGE_SIZE, PAGE_SIZE, address)
-        hole.close()
         outcome: object
         try:
             outcome = guest.run(STORE, rdi=48 * PAGE_SIZE, rax=1)
