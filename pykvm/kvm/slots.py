@@ -256,7 +256,8 @@ class VmMemory(Managed):
             kind = SlotError
             why = (
                 f"slot id {slot}, flags {flags:#x} or the range [{gpa:#x}, {gpa + size:#x}) is beyond what "
-                "this host allows (KVM_CAP_NR_MEMSLOTS, KVM_CAP_MULTI_ADDRESS_SPACE, MAXPHYADDR, 2^31-1 pages)."
+                "this host allows (KVM_CAP_NR_MEMSLOTS, KVM_CAP_MULTI_ADDRESS_SPACE, MAXPHYADDR, 2^31-1 "
+                "pages)."
             )
         return {
             errno.EINVAL: (kind, why),

@@ -84,7 +84,8 @@ def _system(type_: int) -> Segment:
 class SpecialRegisters:
     """Segments, descriptor tables, control registers; the defaults are those after RESET.
 
-    SDM vol. 3, 10.1.1.  ``pdptrs`` holds the four PAE PDPTE registers, or None where they are not valid (KVM_GET_SREGS2).
+    SDM vol. 3, 10.1.1.  ``pdptrs`` holds the four PAE PDPTE registers, or None where they are not valid
+    (KVM_GET_SREGS2).
     ``interrupt`` is the vector of an external interrupt that is queued but not yet delivered, or None.
     """
 
