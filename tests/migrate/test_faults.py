@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import time
+from typing import Any
 
 import pytest
 
@@ -10,6 +12,7 @@ from pykvm.errors import (
     ChannelError,
     DestinationLostError,
     HandoverUnknownError,
+    HostError,
     MigrationError,
     PykvmError,
 )
@@ -168,6 +171,35 @@ def test_a_damaged_hand_over_is_denied_by_the_destination_so_the_guest_goes_on()
         assert attempt.here
         attempt.check(guest)
         move_away(guest)
+
+
+def test_a_start_that_fails_may_have_run_the_guest_so_the_source_keeps_it_paused() -> None:
+    adopted: list[FakeGuest] = []
+
+    def adopt(machine: Any, memory: Any, description: Any) -> FakeGuest:
+        guest = FakeGuest.adopt(machine, memory, description)
+        start = guest.runner.start
+
+        def fail() -> None:
+            start()
+            raise HostError("no more threads")
+
+        guest.runner.start = fail  # type: ignore[method-assign]
+        adopted.append(guest)
+        return guest
+
+    here, there = pair()
+    with running_guest() as guest:
+        destination = Destination(there, adopt=adopt)
+        with pytest.raises(HandoverUnknownError, match="no more threads"):
+            send(guest, FakeTracker(), here)
+        assert guest.runner.paused
+        assert destination.join() is None
+        assert isinstance(destination.error, HostError)
+        before = adopted[0].count
+        assert not adopted[0].runner.running
+        time.sleep(0.02)
+        assert adopted[0].count == before
 
 
 def test_a_hand_over_that_cannot_be_sent_at_all_is_none() -> None:

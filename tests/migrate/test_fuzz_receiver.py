@@ -327,6 +327,17 @@ def test_a_lie_in_one_frame_is_noticed(kind: FrameType, members: dict[str, Any],
     check(outcome, frames)
 
 
+@pytest.mark.parametrize("pages", [-1, 1])
+def test_contents_that_do_not_fit_the_runs_are_refused(pages: int) -> None:
+    frames = list(valid_stream())
+    at = next(i for i, frame in enumerate(frames) if frame.kind == FrameType.PAGES)
+    body = frames[at].body + bytes(PAGE_SIZE) if pages > 0 else frames[at].body[PAGE_SIZE:]
+    frames[at] = frames[at]._replace(body=body)
+    outcome = feed(join(frames))
+    assert "pages and brings" in str(outcome.error)
+    assert not outcome.allocated
+
+
 def test_an_endless_round_is_ended() -> None:
     frames = list(valid_stream())
     at = next(i for i, frame in enumerate(frames) if frame.kind == FrameType.PAGES)
