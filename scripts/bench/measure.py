@@ -56,16 +56,11 @@ class Row:
         return self.value <= self.target if self.better == "lower" else self.value >= self.target
 
 
-def paired(
-    rounds: int, ours: Sample, yardstick: Sample, warm_up: int = 1, first: int = 0
-) -> list[tuple[float, float]]:
-    """(ours, yardstick) of each round; who goes first alternates, since the first one finds colder caches.
-
-    ``first`` is the number of the first round, for those who make their rounds one by one.
-    """
+def paired(rounds: int, ours: Sample, yardstick: Sample, warm_up: int = 1) -> list[tuple[float, float]]:
+    """(ours, yardstick) of each round; who goes first alternates, since the first one finds colder caches."""
     pairs = []
     for number in range(-warm_up, rounds):
-        if (number + first) % 2:
+        if number % 2:
             mine = ours()
             theirs = yardstick()
         else:
