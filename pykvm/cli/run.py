@@ -20,7 +20,8 @@ from pykvm.guest.images import FORMATS, Image, load_image
 from pykvm.guest.launch import BootExtras, LaunchedGuest, launch
 from pykvm.guest.pc_devices import COM_PORTS, Cmos, DebugExit, DebugText, PostCode, Serial16550
 from pykvm.guest.protocol import DEBUG_TEXT_PORT
-from pykvm.machine import DirtyPages, Exit, Vcpu
+from pykvm.kvm import KvmVm
+from pykvm.machine import DirtyPages, Exit, Machine, Vcpu
 from pykvm.memory import PAGE_SIZE
 from pykvm.report.text import plural, seconds_text
 from pykvm.track import TRACKERS, Tracker, make_tracker
@@ -190,6 +191,11 @@ def _dirty_document(tracker: Tracker | None, pages: DirtyPages) -> dict[str, Any
     help="A file to load as a multiboot module; may be repeated.",
 )
 @click.option(
+    "--irqchip",
+    is_flag=True,
+    help="Interrupt controllers in the kernel, as a kernel with several vCPUs needs; HLT then waits there.",
+)
+@click.option(
     "--trace-exits",
     is_flag=True,
     help="Print every exit of the guest, and list the ports and addresses that nobody answers.",
@@ -214,6 +220,7 @@ def command(
     post_port: int,
     cmdline: str,
     modules: tuple[Path, ...],
+    irqchip: bool,
     trace_exits: bool,
     timeout: float | None,
 ) -> None:
@@ -229,6 +236,13 @@ def command(
         cmdline=f"{image} {cmdline}".rstrip(), modules=[(read_file(path), str(path)) for path in modules]
     )
     tracker = None if log == "none" else make_tracker(log, ring_entries=ring_entries)
+
+    def prepare(machine: Machine) -> None:
+        if irqchip and isinstance(machine, KvmVm):
+            machine.create_irqchip()
+        if tracker is not None:
+            tracker.prepare(machine)
+
     board = Board(session, serial, post_port, memory, trace=trace_exits)
     session.document |= {"image": str(image), "format": parsed.format, "mode": parsed.mode.value}
     with open_system(session.backend) as system:
@@ -240,7 +254,8 @@ def command(
             vcpus=vcpus,
             cpl=int(cpl),
             extras=extras,
-            prepare=tracker.prepare if tracker is not None else None,
+            irqchip=irqchip,
+            prepare=prepare,
         ) as guest:
             session.document["backend"] = guest.machine.backend
             if trace_exits:

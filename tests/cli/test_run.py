@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from pykvm.guest import catalog
 from tests.cli.runner import Result, execute, invoke
 
 pytestmark = pytest.mark.kvm
 
+IMAGES = Path(catalog.__file__).parent / "images"
 HALT = b"\xf4"
 EXIT_5 = b"\xb0\x05\xe6\xf4"  # mov al, 5 ; out 0xf4, al
 SPIN = b"\xeb\xfe"
@@ -58,6 +60,23 @@ def test_the_serial_port_can_be_chosen(
 def test_post_codes_are_recorded_on_a_chosen_port(capfd: pytest.CaptureFixture[str], image: Path) -> None:
     result = run(capfd, image, out(0x190, 1, 2, 0xFF) + HALT, "--post-port", "0x190", "--json")
     assert result.document["post_codes"] == [1, 2, 255]
+
+
+def test_a_multiboot_kernel_gets_its_command_line(capfd: pytest.CaptureFixture[str]) -> None:
+    image = IMAGES / "multiboot.bin"
+    result = invoke(capfd, "run", str(image), "--append", "one two", "--timeout", "10s", "--json")
+    assert result.document["format"] == "multiboot"
+    assert result.document["serial"].strip() == f"{image} one two"
+
+
+def test_a_rom_starts_at_the_reset_vector(capfd: pytest.CaptureFixture[str]) -> None:
+    result = invoke(capfd, "run", str(IMAGES / "rom.bin"), "--format", "rom", "--timeout", "10s")
+    assert "reset vector" in result.out
+
+
+def test_irqchip_makes_a_halt_wait_in_the_kernel(capfd: pytest.CaptureFixture[str], image: Path) -> None:
+    result = run(capfd, image, HALT, "--irqchip", "--timeout", "200ms")
+    assert result.status == 124
 
 
 def test_a_halt_is_status_0(capfd: pytest.CaptureFixture[str], image: Path) -> None:
