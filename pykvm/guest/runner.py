@@ -249,8 +249,10 @@ class GuestRunner:
             return True
 
     def _run(self, vcpu: Vcpu) -> None:
+        # Only a kick ends this loop on behalf of pause, finish and stop, which all kick: the run that reports
+        # it has completed the last access, so a string or wide one is never left half done.
         trace, handle, run = self.trace, self.bus.handle, vcpu.run
-        while not self._hold:
+        while True:
             exit = run()
             if trace is not None:
                 trace(vcpu, exit)
@@ -260,7 +262,9 @@ class GuestRunner:
     def _goes_on(self, vcpu: Vcpu, exit: Exit) -> bool:
         """What to do about an exit that no device answers; False to look whether this vCPU may run on."""
         match exit:
-            case Kicked() | InterruptWindow():
+            case Kicked():
+                return False
+            case InterruptWindow():
                 return True
             case DirtyRingFull():
                 self._ring_full(vcpu)
