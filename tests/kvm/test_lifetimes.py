@@ -29,6 +29,7 @@ from .tiny import DATA, SPIN, STORE, Runner, Tiny, done, ring_guest, running
 # --- use after close --------------------------------------------------------------------------------
 
 
+@pytest.mark.kvm
 def test_a_closed_system_raises() -> None:
     system = KvmSystem()
     system.close()
@@ -46,6 +47,7 @@ def test_a_closed_system_raises() -> None:
     assert "closed" in repr(system)
 
 
+@pytest.mark.kvm
 def test_a_closed_system_leaves_its_machines_alone() -> None:
     with KvmSystem() as system:
         vm = system.create_machine()
