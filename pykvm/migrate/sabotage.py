@@ -48,7 +48,8 @@ class LostPage:
         return kept
 
     def _needed(self, pages: Pages) -> int | None:
-        for page in pages.tolist():
+        # From the middle on: the lowest pages are the guest's tables and its own books.
+        for page in np.roll(pages, -len(pages) // 2).tolist():
             contents = self._memory.read(page * PAGE_SIZE, PAGE_SIZE)
             if wire.checksum(contents) != self.sent.get(page, _ZERO_SUM):
                 return int(page)
