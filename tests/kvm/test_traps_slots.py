@@ -286,3 +286,24 @@ def test_ring_mode_drops_entries_of_deleted_slots_and_keeps_the_rest(system: Kvm
         assert harvest.stale == 3
         assert gfns(harvest.pages, base.id) == [DATA, DATA + 1]
         assert harvest.pages.slots == (base.id,)
+
+
+@pytest.mark.parametrize("change", ["move", "make anew"])
+def test_ring_mode_drops_entries_whose_id_means_something_else_by_now(system: KvmSystem, change: str) -> None:
+    """kvm-mmu.md 2, traps: the id and offset of an entry would now denote another page."""
+    vm = system.create_machine()
+    vm.enable_dirty_ring(256)
+    with Tiny(vm, pages=512) as guest, GuestMemory(8 * PAGE_SIZE) as memory:
+        guest.slot.delete()
+        vm.create_slot(guest.memory, 0, size=256 * PAGE_SIZE, flags=SlotFlags.LOG_DIRTY_PAGES)
+        other = vm.create_slot(memory, 256 * PAGE_SIZE, flags=SlotFlags.LOG_DIRTY_PAGES)
+        assert done(guest.store(256, 3))
+        if change == "move":
+            other.move(300 * PAGE_SIZE)
+        else:
+            other.delete()
+            vm.create_slot(memory, 300 * PAGE_SIZE, slot_id=other.id, flags=SlotFlags.LOG_DIRTY_PAGES)
+        assert done(guest.store(301))
+        harvest = vm.collect_rings()
+        assert gfns(harvest.pages, other.id) == [301]
+        assert harvest.stale == 3
