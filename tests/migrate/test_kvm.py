@@ -271,11 +271,12 @@ def test_a_guest_whose_reports_are_nonsense_does_not_upset_its_host(system: KvmS
     assert result.guest.corruptions > 0 or result.guest.failure
 
 
-def test_an_overflowing_ring_ends_the_migration_and_not_the_guest(system: KvmSystem) -> None:
+@pytest.mark.parametrize("workload", ["random", "strings"])
+def test_an_overflowing_ring_ends_the_migration_and_not_the_guest(system: KvmSystem, workload: str) -> None:
     """docs/reference/hosts.md D.7: only hosts that emulate CPL 0 in batches overflow; others may not."""
     tracker = make_tracker("ring", ring_entries=256)
-    config = WorkloadConfig("random", memory=16 * MIB, cpl=0, throttle=0)
-    with running(system, config, tracker) as guest:
+    config = WorkloadConfig(workload, memory=16 * MIB, cpl=0, throttle=0)
+    with running(system, config, tracker, visits=20) as guest:
         here, there = pair()
         destination = Destination(there, system, check_seconds=0.1)
         try:
