@@ -29,8 +29,15 @@ import numpy as np
 
 from pykvm.abi import ffi, lib
 from pykvm.abi.managed import Refusals
-from pykvm.errors import ClosedError, DirtyRingModeError, RingOrderError, RingOverflowError, RingSizeError
-from pykvm.kvm.capabilities import Switches
+from pykvm.errors import (
+    CapabilityError,
+    ClosedError,
+    DirtyRingModeError,
+    RingOrderError,
+    RingOverflowError,
+    RingSizeError,
+)
+from pykvm.kvm.capabilities import Capability, Extensions, Switches
 from pykvm.kvm.slots import VmMemory
 from pykvm.machine.protocols import RingEntries, RingHarvest, SlotFrames, Vcpu
 
@@ -40,9 +47,8 @@ if TYPE_CHECKING:
 ENTRY_SIZE = 16
 RESERVED = 64
 """KVM_DIRTY_RING_RSVD_ENTRIES: the soft limit is at least this much below the size."""
-_CAP_RING = 192
 _FRUITLESS = 100
-_CAP_RING_ACQ_REL = 223
+_CAPABILITIES = (Capability.DIRTY_LOG_RING_ACQ_REL, Capability.DIRTY_LOG_RING)
 _RESET_REFUSALS: Refusals = {
     errno.EINVAL: (DirtyRingModeError, "this VM has no dirty rings; enable them before the first vCPU.")
 }
@@ -148,7 +154,7 @@ class _Batch(NamedTuple):
     slots: dict[int, SlotFrames]
 
 
-class VmRings(VmMemory, Switches):
+class VmRings(VmMemory, Extensions, Switches):
     """The part of a VM that deals with dirty rings."""
 
     def __init__(self, fd: int) -> None:
@@ -165,8 +171,11 @@ class VmRings(VmMemory, Switches):
         """KVM_CAP_DIRTY_LOG_RING_ACQ_REL (api.rst 8.29): a ring of ``entries`` (16 bytes each) per vCPU.
 
         A power of two, 256 to 65536 on x86 (1024 upwards where PML is on).  Once, before the first vCPU.
-        Raises RingSizeError, RingOrderError, KvmError.
+        Raises CapabilityError, RingSizeError, RingOrderError, KvmError.
         """
+        capability = next((cap for cap in _CAPABILITIES if self.check_extension(cap)), None)
+        if capability is None:
+            raise CapabilityError("This kernel has no dirty rings (Linux 5.11 and up do); use the bitmap.")
         size = entries * ENTRY_SIZE
         if entries <= 0 or entries & (entries - 1) or size >= 1 << 32:
             raise RingSizeError(
@@ -187,11 +196,8 @@ class VmRings(VmMemory, Switches):
                 f"{entries} entries are more than this host's limit (65536 on x86).",
             ),
         }
-        self.enable_cap(_CAP_RING_ACQ_REL if self._has_acq_rel() else _CAP_RING, size, refusals=refusals)
+        self.enable_cap(capability, size, refusals=refusals)
         self.ring_entries = entries
-
-    def _has_acq_rel(self) -> bool:
-        return self.ioctl_int(lib.KVM_CHECK_EXTENSION, _CAP_RING_ACQ_REL, "KVM_CHECK_EXTENSION") > 0
 
     def reset_dirty_rings(self) -> int:
         """KVM_RESET_DIRTY_RINGS (api.rst 4.126) once, as it is: the number of entries reset.

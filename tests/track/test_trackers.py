@@ -296,6 +296,12 @@ def test_bad_choices_are_one_sentence(name: str, options: dict[str, int]) -> Non
         make_tracker(name, **options)
 
 
+def test_a_host_without_rings_is_told(vm: KvmVm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KvmVm, "check_extension", lambda self, capability: 0)
+    with pytest.raises(CapabilityError, match="use the bitmap"):
+        RingTracker(4096).prepare(vm)
+
+
 def test_a_host_without_manual_protect_is_told(vm: KvmVm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(KvmVm, "check_extension", lambda self, capability: 1)
     with pytest.raises(CapabilityError, match="INITIALLY_SET; use the bitmap tracker"):
