@@ -31,7 +31,6 @@ from pykvm.machine import (
     MemoryFault,
     Shutdown,
     SystemEvent,
-    UnknownExit,
     Vcpu,
 )
 
@@ -268,11 +267,6 @@ class GuestRunner:
             case InterruptWindow():
                 return True
             case DirtyRingFull():
-                self._ring_full(vcpu)
-                return True
-            case UnknownExit(reason=0) if self.on_ring_full is not None:
-                # KVM_EXIT_UNKNOWN without a cause: seen where a ring overflows during an emulated string
-                # instruction (docs/reference/hosts.md D.7).  Running on completes it.
                 self._ring_full(vcpu)
                 return True
             case Halted():

@@ -60,6 +60,7 @@ class KvmVcpu(VcpuSnapshot, VcpuCoalesced, VcpuDebug, VcpuSync, VcpuStatistics, 
         self._page: CData | None = None
         self.ring: VcpuRing | None = None
         self._answer: tuple[int, int] | None = None
+        self._full_entry = 0
         try:
             mapping = mmap.mmap(fd, mmap_size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
             self._mapping: mmap.mmap | None = mapping
@@ -181,11 +182,14 @@ class KvmVcpu(VcpuSnapshot, VcpuCoalesced, VcpuDebug, VcpuSync, VcpuStatistics, 
         return int(self._state.swallowed)
 
     def take_ring_full(self) -> bool:
-        """Whether the last exit was DirtyRingFull; true once for each of them."""
-        page = self._page
-        if page is None or page.exit_reason != lib.KVM_EXIT_DIRTY_RING_FULL:
+        """Whether the last exit was DirtyRingFull; true once for each of them.
+
+        The page is only read: another thread may just have come out of ``run`` and not have looked at it yet.
+        """
+        page, entry = self._page, self.entries
+        if page is None or page.exit_reason != lib.KVM_EXIT_DIRTY_RING_FULL or entry == self._full_entry:
             return False
-        page.exit_reason = lib.KVM_EXIT_UNKNOWN
+        self._full_entry = entry
         return True
 
     def request_interrupt_window(self, wanted: bool = True) -> None:

@@ -19,6 +19,7 @@ from pykvm.errors import (
     UsageError,
 )
 from pykvm.kvm import KvmVm
+from pykvm.kvm.exits import decode
 from pykvm.machine import DirtyRingFull, Halted, Registers, SlotFlags
 from pykvm.memory import PAGE_SIZE, GuestMemory
 from pykvm.track import TRACKERS, ManualTracker, RingTracker, Tracker, make_tracker
@@ -179,6 +180,23 @@ def test_a_ring_stopped_by_its_limit_loses_nothing(rig: MakeRig) -> None:
     machine.tracker.arm(machine.vm)
     machine.store(list(DATA) * 4)
     assert machine.reported() == set(DATA)
+
+
+def test_asking_for_a_full_ring_leaves_the_exit_to_its_thread(rig: MakeRig) -> None:
+    """A collector asks from another thread, which may be faster than the one that came out with the exit."""
+    machine = rig(RingTracker(256))
+    machine.tracker.arm(machine.vm)
+    vcpu = machine.vcpus[0]
+    for _ in range(10):
+        machine.memory.write(CODE, store_code(range(10, 50)))
+        vcpu.set_registers(Registers(rip=CODE))
+        if isinstance(vcpu.run(), DirtyRingFull):
+            break
+    assert [vcpu.take_ring_full() for _ in range(3)] == [True, False, False]
+    assert vcpu._page is not None
+    assert decode(vcpu._page, int) == DirtyRingFull()
+    machine.tracker.collect()
+    assert vcpu.run() == Halted()
 
 
 def test_an_overflow_raises_and_the_guest_can_go_on(rig: MakeRig) -> None:
