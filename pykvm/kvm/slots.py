@@ -40,9 +40,12 @@ if TYPE_CHECKING:
     from pykvm.memory import GuestMemory
 
 _dirty_log = lib.pykvm_dirty_log
-_from_buffer = ffi.from_buffer
 _MOST_WORD = 64
 """The pages of one word of a bitmap: pykvm_dirty_log wants room for them before it takes the word on."""
+_FEW = 512
+"""Gfns that are copied out of the kept array; more go out as they are, and a new array is made."""
+_SPARE = 64
+"""How many times _FEW the kept array may have room for before it is given up for a small one."""
 
 _LOG_REFUSALS: Refusals = {
     errno.ENOENT: (
@@ -149,28 +152,36 @@ class LogBuffer:
         self.request.words = len(self.words)
         self.request.base_gfn = slot.base_gfn
         self.request.bitmap = self.pointer
-        self.room = _MOST_WORD
-        """Pages to make room for: what the last collection had, and some more."""
+        self._make_room(0)
+
+    def _make_room(self, pages: int) -> None:
+        """Have an array for a log of ``pages`` and some more; what is not written costs nothing."""
+        self._room = pages + pages // 8 + _MOST_WORD
+        self._found: Gfns = np.empty(self._room, dtype=np.uint64)
+        self._found_pointer = ffi.from_buffer("__u64[]", self._found)
 
     def gfns(self, vm: CData) -> Gfns | int:
         """Fetch the log: its gfns, ascending, or the error of the ioctl.  The caller holds ``log_lock``."""
-        room = self.room
-        gfns = np.empty(room, dtype=np.uint64)
-        # SAFETY: C writes at most ``room`` gfns; the array is held by this frame.
-        count = _dirty_log(vm, self.request, _from_buffer("__u64[]", gfns), room)
-        if count < 0:
-            return count
-        if count > room - _MOST_WORD:
+        # SAFETY: C writes at most ``_room`` gfns into the array, which this object holds.
+        count = _dirty_log(vm, self.request, self._found_pointer, self._room)
+        fits = count <= self._room - _MOST_WORD
+        if count <= _FEW and fits:
+            if count < 0:
+                return count
+            # A copy costs less than an array of its own for the next log.
+            few = self._found[:count].copy()
+            if self._room > _SPARE * _FEW:
+                self._make_room(count)
+            return few
+        if fits:
+            gfns = self._found[:count]
+        else:
             gfns = np.empty(count, dtype=np.uint64)
             lib.pykvm_bitmap_to_gfns(
-                self.pointer, len(self.words), self.request.base_gfn, _from_buffer("__u64[]", gfns)
+                self.pointer, len(self.words), self.request.base_gfn, ffi.from_buffer("__u64[]", gfns)
             )
-            self.room = count + count // 8 + _MOST_WORD
-            return gfns
-        if count < room // 2:
-            self.room = count + count // 8 + _MOST_WORD
-            return gfns[:count].copy()
-        return gfns[:count]
+        self._make_room(count)
+        return gfns
 
 
 class VmMemory(Managed):
@@ -377,8 +388,10 @@ class VmMemory(Managed):
 
     def get_dirty_log(self, slot: Slot) -> Gfns:
         """KVM_GET_DIRTY_LOG as ascending gfns; otherwise as ``get_dirty_bitmap``."""
-        with self._own(slot).log_lock:
-            own = self._own(slot)
+        own = self._own(slot)
+        with own.log_lock:
+            if own.owner is not self:
+                raise own.closed_error()
             gfns = (own.log or self._new_log(own)).gfns(self._handle)
         if isinstance(gfns, int):
             raise self._error(gfns, "KVM_GET_DIRTY_LOG", _LOG_REFUSALS)
