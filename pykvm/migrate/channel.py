@@ -10,6 +10,7 @@ import contextlib
 import os
 import select
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from types import TracebackType
@@ -23,6 +24,7 @@ from pykvm.migrate.wire import FrameType
 
 SOCKET_BUFFER = 1 << 20
 DEFAULT_TIMEOUT = 10.0
+_PROBE_SECONDS = 1.0
 _DRAIN_SECONDS = 1.0
 
 
@@ -197,6 +199,19 @@ def _translated(what: str, *, transmitted: bool = False) -> Iterator[None]:
         raise ChannelError(text, transmitted=transmitted) from error
 
 
+def _remove_stale(path: str) -> None:
+    """Remove the socket of a listener that was killed: it is still there, and nobody answers."""
+    with contextlib.suppress(OSError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(_PROBE_SECONDS)
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+
+
 class Listener:
     """Waits for one side to connect; a context manager.  A unix socket is this user's alone (mode 600)."""
 
@@ -206,6 +221,7 @@ class Listener:
         self._socket = socket.socket(where.family, socket.SOCK_STREAM)
         try:
             if where.path is not None:
+                _remove_stale(where.path)
                 self._socket.bind(where.path)
                 os.chmod(where.path, 0o600)  # before listen: nobody can connect in between
             else:

@@ -214,3 +214,20 @@ def test_the_bucket_does_not_save_up_while_idle() -> None:
     before = clock.now
     bucket.take(10_500)
     assert clock.now - before == pytest.approx(1.0)
+
+
+def test_the_socket_of_a_killed_listener_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as killed:
+        killed.bind(str(path))
+        killed.listen(1)
+    with listen(f"unix:{path}") as listener, connect(f"unix:{path}"):
+        listener.accept(5).close()
+
+
+def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    path.write_text("precious")
+    with pytest.raises(UsageError, match="choose another address"):
+        listen(f"unix:{path}")
+    assert path.read_text() == "precious"
