@@ -199,10 +199,19 @@ def _translated(what: str, *, transmitted: bool = False) -> Iterator[None]:
         raise ChannelError(text, transmitted=transmitted) from error
 
 
+def _is_bound(name: str) -> bool:
+    """Whether a socket in this network namespace is bound to a file of that name (proc_pid_net(5))."""
+    with open("/proc/net/unix", errors="replace") as table:
+        return any(line.rstrip("\n").endswith(name) for line in table)
+
+
 def _remove_stale(path: str) -> None:
-    """Remove the socket of a listener that was killed: it is still there, and nobody answers."""
+    """Remove the socket of a listener that was killed: it is still there, and nobody answers.
+
+    The kernel's list is asked first, since a listener that lives would take a probe for its peer.
+    """
     with contextlib.suppress(OSError):
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode) or _is_bound(os.path.basename(path)):
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.settimeout(_PROBE_SECONDS)

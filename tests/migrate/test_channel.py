@@ -225,6 +225,14 @@ def test_the_socket_of_a_killed_listener_is_replaced(tmp_path: Path) -> None:
         listener.accept(5).close()
 
 
+def test_a_live_listener_is_neither_replaced_nor_disturbed(tmp_path: Path) -> None:
+    with listen(f"unix:{tmp_path}/s") as listener:
+        with pytest.raises(UsageError, match="in use"):
+            listen(f"unix:{tmp_path}/s")
+        with pytest.raises(ChannelError, match="Nobody connected"):
+            listener.accept(0.05)
+
+
 def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "s"
     path.write_text("precious")
