@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pykvm.machine import DirtyPages, Machine, Vcpu
+from pykvm.machine import DirtyPages, Gfns, Machine, Vcpu
 from pykvm.track.logging_slots import SlotLogging
 
 
@@ -15,6 +15,11 @@ class BitmapTracker(SlotLogging):
 
     name = "bitmap"
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._fetched = DirtyPages()
+        """What a collection that failed halfway had fetched: KVM does not tell it again."""
+
     def prepare(self, machine: Machine) -> None:
         """Nothing: bitmaps are KVM's default."""
 
@@ -25,7 +30,20 @@ class BitmapTracker(SlotLogging):
         if final:
             self.kick_vcpus()
         machine = self.machine
-        return DirtyPages({slot.id: machine.get_dirty_log(slot) for slot in self.slots})
+        pages: dict[int, Gfns] = {}
+        try:
+            for slot in self.slots:
+                pages[slot.id] = machine.get_dirty_log(slot)
+        except BaseException:
+            self._fetched |= DirtyPages(pages)
+            raise
+        fetched, self._fetched = self._fetched, DirtyPages()
+        return fetched | DirtyPages(pages)
 
     def rearm(self, pages: DirtyPages) -> None:
         """Nothing: fetching re-armed them."""
+
+    def disarm(self) -> None:
+        """Stop logging; what was not collected is lost."""
+        super().disarm()
+        self._fetched = DirtyPages()

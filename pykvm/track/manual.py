@@ -34,6 +34,8 @@ class ManualTracker(SlotLogging):
             raise UsageError(f"A clear chunk of {clear_chunk} pages is not a positive multiple of 64.")
         self._chunk = clear_chunk or DEFAULT_CHUNK
         self._initially_set = initially_set
+        self._bases: dict[int, int] = {}
+        """By slot id, the gpa at which its pages were collected."""
 
     def prepare(self, machine: Machine) -> None:
         machine.enable_manual_protect(self._initially_set)
@@ -44,15 +46,20 @@ class ManualTracker(SlotLogging):
     def collect(self, *, final: bool = False) -> DirtyPages:
         if final:
             self.kick_vcpus()
-        machine = self.machine
-        return DirtyPages({slot.id: machine.get_dirty_log(slot) for slot in self.slots})
+        machine, slots = self.machine, self.slots
+        self._bases = {slot.id: slot.gpa for slot in slots}
+        return DirtyPages({slot.id: machine.get_dirty_log(slot) for slot in slots})
 
     def rearm(self, pages: DirtyPages) -> None:
-        """KVM_CLEAR_DIRTY_LOG over the given pages only, in chunks."""
+        """KVM_CLEAR_DIRTY_LOG over the given pages only, in chunks.
+
+        In a slot that moved since their collection those gfns are other pages, whose marks must stay: it is
+        left alone, and all its pages are reported again.
+        """
         machine = self.machine
         for slot in self.slots:
             gfns = pages.gfns(slot.id)
-            if len(gfns):
+            if len(gfns) and self._bases.get(slot.id) == slot.gpa:
                 for first, count, words in clear_ranges(slot, gfns, self._chunk):
                     machine.clear_dirty_log(slot, first, count, words)
 

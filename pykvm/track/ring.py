@@ -41,7 +41,9 @@ class RingTracker(SlotLogging):
         if not machine.ring_entries:
             raise UsageError("The machine has no dirty rings; call prepare(machine) before its first vCPU.")
         machine.collect_rings()
-        self._rings = machine
+        with self._lock:
+            self._rings = machine
+            self._taken = DirtyPages()  # a vCPU may have filled its ring once more after ``disarm``
         super().arm(machine)
 
     def on_ring_full(self, vcpu: Vcpu) -> None:

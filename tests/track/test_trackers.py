@@ -20,7 +20,7 @@ from pykvm.errors import (
 )
 from pykvm.kvm import KvmVm
 from pykvm.kvm.exits import decode
-from pykvm.machine import DirtyRingFull, Halted, Registers, SlotFlags
+from pykvm.machine import DirtyRingFull, Gfns, Halted, Registers, Slot, SlotFlags
 from pykvm.memory import PAGE_SIZE, GuestMemory
 from pykvm.track import TRACKERS, ManualTracker, RingTracker, Tracker, make_tracker
 from pykvm.track.manual import clear_ranges
@@ -367,3 +367,69 @@ def test_the_rig_itself_writes_what_it_says(rig: MakeRig) -> None:
     assert machine.memory.read(5 * PAGE_SIZE, 1) == b"\3"
     assert machine.memory.read(6 * PAGE_SIZE, 1) == b"\2"
     assert store_code([]) == b"\xf4"
+
+
+def test_what_a_failed_collection_had_fetched_is_reported_by_the_next(
+    rig: MakeRig, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fetching a bitmap clears it: what the first slot told must outlive a failure at the second."""
+    machine = rig(tracker)
+    with GuestMemory(16 * PAGE_SIZE) as other:
+        second = machine.vm.create_slot(other, 1 << 30)
+        tracker.arm(machine.vm)
+        machine.reported()
+        machine.store([8, 20])
+        fetch = machine.vm.get_dirty_log
+
+        def fails_at_the_second(slot: Slot) -> Gfns:
+            if slot is second:
+                raise KeyboardInterrupt
+            return fetch(slot)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(machine.vm, "get_dirty_log", fails_at_the_second)
+            if tracker.name != "ring":
+                with pytest.raises(KeyboardInterrupt):
+                    tracker.collect()
+        machine.store([21])
+        assert machine.reported() == {8, 20, 21}
+        assert machine.reported() == set()
+        tracker.disarm()
+
+
+def test_pages_of_a_slot_that_moved_before_they_were_re_armed_stay_in_the_log(rig: MakeRig) -> None:
+    """At its new place their gfns are other pages: clearing those would lose them."""
+    machine = rig(make_tracker("manual"))
+    tracker = machine.tracker
+    with GuestMemory(16 * PAGE_SIZE) as other:
+        second = machine.vm.create_slot(other, 64 * PAGE_SIZE + (1 << 20))
+        tracker.arm(machine.vm)
+        machine.slot.delete()
+        second.move(0)
+        other.write(0, bytes(16 * PAGE_SIZE))
+        for page in (4, 5):
+            other.write(CODE, store_code([page]))
+            machine.vcpus[0].set_registers(Registers(rip=CODE))
+            assert machine.vcpus[0].run() == Halted()
+        pages = tracker.collect()
+        assert {4, 5} <= set(pages.gfns(second.id).tolist())
+        second.move(PAGE_SIZE)
+        tracker.rearm(pages)
+        assert {5, 6} <= set(tracker.collect().gfns(second.id).tolist())
+        tracker.disarm()
+
+
+def test_what_a_ring_held_before_arming_is_not_reported(rig: MakeRig) -> None:
+    """A vCPU's thread may empty its ring once more after ``disarm``."""
+    machine = rig(make_tracker("ring", ring_entries=256))
+    tracker = machine.tracker
+    tracker.arm(machine.vm)
+    tracker.disarm()
+    machine.slot.set_flags(SlotFlags.LOG_DIRTY_PAGES)
+    machine.store([30])
+    tracker.on_ring_full(machine.vcpus[0])
+    machine.slot.set_flags(SlotFlags.NONE)
+    tracker.arm(machine.vm)
+    machine.store([31])
+    assert machine.reported() == {31}
+    tracker.disarm()
