@@ -19,10 +19,11 @@ is known to lie between them, and its true position is measured on the way (``Vc
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -200,7 +201,7 @@ class VmRings(VmMemory, Extensions, Switches):
         self.ring_entries = entries
 
     def reset_dirty_rings(self) -> int:
-        """KVM_RESET_DIRTY_RINGS (api.rst 4.126) once, as it is: the number of entries reset.
+        """KVM_RESET_DIRTY_RINGS (api.rst 8.29) once, as it is: the number of entries reset.
 
         ``collect_rings`` is what one wants; a bare reset is for tests of KVM itself.
         """
@@ -300,7 +301,13 @@ class VmRings(VmMemory, Extensions, Switches):
         self._unreset = 0
         return total
 
-    def _before_slot_change(self) -> None:
-        if self.ring_entries and self._ring_vcpus():
-            with self._ring_lock:
-                self._harvest(None)
+    @contextlib.contextmanager
+    def _slot_change(self) -> Iterator[None]:
+        """First take in the entries that still mean the slots as they are, then keep collectors out: entries
+        of a slot whose new place they do not know yet would be dropped, or mean other pages to them."""
+        if not (self.ring_entries and self._ring_vcpus()):
+            yield
+            return
+        with self._ring_lock:
+            self._harvest(None)
+            yield

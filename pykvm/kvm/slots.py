@@ -7,9 +7,10 @@ only its refusal is then explained from the arguments, in the kernel's own order
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from pykvm.errors import (
     DirtyRingModeError,
     KvmError,
     LoggingDisabledError,
+    PykvmError,
     SlotAbsentError,
     SlotAlignmentError,
     SlotChangeError,
@@ -308,12 +310,12 @@ class VmMemory(Managed):
             slot.host_address = memory.pin() + memory_offset
             slot.guest_memfd = guest_memfd
             try:
-                self._before_slot_change()
-                self._set(slot, gpa, SlotFlags(flags))
-            except BaseException:
-                memory.unpin()
+                with self._slot_change():
+                    self._set(slot, gpa, SlotFlags(flags))
+                    self._slots[slot_id] = slot
+            except PykvmError:
+                memory.unpin()  # after anything else (Ctrl-C) the kernel may have the slot: its memory stays
                 raise
-            self._slots[slot_id] = slot
             return slot
 
     def _set(self, slot: MemorySlot, gpa: int, flags: SlotFlags, size: int | None = None) -> None:
@@ -330,11 +332,10 @@ class VmMemory(Managed):
         with self._slots_lock:
             if not slot.alive:
                 raise slot.closed_error()
-            if gpa != slot.gpa:
-                self._before_slot_change()
-            with slot.log_lock:
+            moves = gpa != slot.gpa
+            with self._slot_change() if moves else contextlib.nullcontext(), slot.log_lock:
                 self._set(slot, gpa, flags)
-                if gpa != slot.gpa:
+                if moves:
                     slot.gpa = gpa
                     slot.frames = SlotFrames(slot.base_gfn, slot.npages)
                     slot.log = None
@@ -347,19 +348,20 @@ class VmMemory(Managed):
         with self._slots_lock:
             if not slot.alive:
                 raise ClosedError(f"Slot {slot.id} was deleted already.")
-            self._before_slot_change()
             # Deletion is a region of size 0; the other fields do not matter but stay what they were.
             region = ffi.new("struct kvm_userspace_memory_region *")
             self._fill(region, slot.id, 0, slot.gpa, 0, slot.host_address)
             # SAFETY: not while KVM_GET_DIRTY_LOG is under way with a buffer of this slot's size: a larger
             # slot that takes over the id would have the kernel write past its end.
-            with slot.log_lock:
+            with self._slot_change(), slot.log_lock:
                 self.ioctl(lib.KVM_SET_USER_MEMORY_REGION, region, "KVM_SET_USER_MEMORY_REGION")
                 del self._slots[slot.id]
                 slot.retire()
 
-    def _before_slot_change(self) -> None:
-        """Ring mode takes in the entries that still mean the slots as they are (see rings.py)."""
+    @contextlib.contextmanager
+    def _slot_change(self) -> Iterator[None]:
+        """Held while the kernel's slots and ours may differ; ring mode has to know (see rings.py)."""
+        yield
 
     # --- the dirty bitmap ------------------------------------------------------------------------
 
