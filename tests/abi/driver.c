@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -19,7 +20,29 @@
 #include "../../pykvm/abi/hot/handle.c"
 #include "../../pykvm/abi/hot/pages.c"
 #include "../../pykvm/abi/hot/ring.c"
+
+/* KVM_RUN as run.c calls it: first the answers that a test lined up, then those of the file. */
+struct answer {
+    int error;
+    __u32 exit_reason;
+};
+static const struct answer *lined_up;
+static size_t how_many;
+static struct pykvm_run_page *answered_page;
+
+static int answer_run(int fd, unsigned long request, unsigned long argument)
+{
+    if (!how_many)
+        return ioctl(fd, request, argument);
+    how_many--;
+    answered_page->exit_reason = lined_up->exit_reason;
+    errno = lined_up++->error;
+    return errno ? -1 : 0;
+}
+
+#define ioctl(fd, request, argument) answer_run(fd, request, argument)
 #include "../../pykvm/abi/hot/run.c"
+#undef ioctl
 #include "../../pykvm/abi/hot/signals.c"
 
 #define CHECK(condition) \
@@ -359,6 +382,34 @@ static void test_run_and_kick(void)
     CHECK(pykvm_vcpu_kick(&vcpu, &page) == 0);
 }
 
+/* api.rst section 5: KVM_EXIT_MEMORY_FAULT comes with EFAULT or EHWPOISON, and no other exit with an error. */
+static void test_errors_of_kvm_run(void)
+{
+    static const struct {
+        struct answer answer;
+        long result;
+    } cases[] = {
+        {{0, KVM_EXIT_HLT}, KVM_EXIT_HLT},
+        {{EFAULT, KVM_EXIT_MEMORY_FAULT}, KVM_EXIT_MEMORY_FAULT},
+        {{EHWPOISON, KVM_EXIT_MEMORY_FAULT}, KVM_EXIT_MEMORY_FAULT},
+        {{EFAULT, KVM_EXIT_UNKNOWN}, -EFAULT},
+        {{EFAULT, KVM_EXIT_HLT}, -EFAULT},
+        {{EINVAL, KVM_EXIT_MEMORY_FAULT}, -EINVAL},
+        {{EINTR, KVM_EXIT_INTR}, PYKVM_RUN_INTERRUPTED},
+        {{EAGAIN, KVM_EXIT_UNKNOWN}, PYKVM_RUN_INTERRUPTED}, /* a vCPU that waited for INIT got it */
+    };
+    static struct pykvm_vcpu fresh;
+
+    pykvm_handle_init(&fresh.handle, open("/dev/null", O_RDWR), 1);
+    answered_page = &page;
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        lined_up = &cases[i].answer;
+        how_many = 1;
+        CHECK(pykvm_vcpu_run(&fresh, &page) == cases[i].result && how_many == 0);
+    }
+    pykvm_handle_close(&fresh.handle);
+}
+
 static void test_signals(void)
 {
     struct sigaction action = {.sa_handler = count_signal};
@@ -442,6 +493,7 @@ int main(void)
     test_punch_hole();
     test_handles();
     test_run_and_kick();
+    test_errors_of_kvm_run();
     test_signals();
     test_ring_and_producer();
     puts("all fine");

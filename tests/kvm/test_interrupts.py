@@ -12,6 +12,7 @@ import pytest
 
 from pykvm.errors import KvmError, UsageError
 from pykvm.kvm import KvmVm
+from pykvm.kvm.events import MpState
 from pykvm.kvm.interrupts import ChipRoute, MsiRoute
 from pykvm.machine import InterruptWindow, IoOut, Kicked
 from pykvm.machine.state import IrqChips, PitState
@@ -19,7 +20,7 @@ from pykvm.memory import PAGE_SIZE
 from pykvm.x86.bits import Rflags
 
 from .handlers import install, run_soon
-from .tiny import PORT, SPIN, TABLES, Tiny, done
+from .tiny import DATA, PORT, SPIN, TABLES, Tiny, done, running
 
 MSI = 0xFEE00000  # to APIC id 0, physical destination, fixed delivery (SDM vol. 3, 11.11.1)
 IOAPIC = 2
@@ -149,6 +150,24 @@ def test_msi_is_delivered(guest: Tiny) -> None:
     assert guest.vm.signal_msi(MSI, 0x51)
     assert requested(guest) == [0x51]
     assert arrived(guest, 0x51)
+
+
+def test_a_processor_that_waits_for_init_is_started(vm: KvmVm) -> None:
+    """SDM vol. 3, 8.4.3: INIT, then STARTUP with the page of its first instruction.  Without an INIT a second
+    vCPU waits inside KVM_RUN, which ends with EAGAIN when it comes; the caller never sees that."""
+    vm.create_irqchip()
+    with Tiny(vm, vcpus=2) as guest:
+        waiting = guest.vcpus[1]
+        guest.memory.write(DATA * PAGE_SIZE, bytes([0xE6, PORT]))  # real mode: out 0x10, al
+        waiting.set_mp_state(MpState.UNINITIALIZED)
+        with running(waiting) as runner:
+            assert runner.exits == []
+            assert vm.signal_msi(MSI | 0xFF << 12, 0x500)  # INIT, to all
+            assert vm.signal_msi(MSI | 0xFF << 12, 0x600 | DATA)  # STARTUP
+            until(lambda: runner.exits != [] or runner.error is not None)
+            assert runner.error is None
+            assert isinstance(runner.exits[0], IoOut)
+            assert runner.exits[0].port == PORT
 
 
 def test_an_msi_that_nobody_takes(guest: Tiny) -> None:

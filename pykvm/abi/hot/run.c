@@ -95,6 +95,14 @@ static long run_until_exit(struct pykvm_vcpu *vcpu, struct pykvm_run_page *run)
 
         vcpu->entries++;
         if (ioctl(vcpu->handle.fd, KVM_RUN, 0) < 0) {
+            if (errno == EAGAIN) {
+                result = PYKVM_RUN_INTERRUPTED; /* waiting for its INIT, it took one: the next call goes on */
+                break;
+            }
+            if ((errno == EFAULT || errno == EHWPOISON) && run->exit_reason == KVM_EXIT_MEMORY_FAULT) {
+                result = KVM_EXIT_MEMORY_FAULT; /* the one exit that comes with an error (api.rst section 5) */
+                break;
+            }
             if (errno != EINTR) {
                 result = -errno;
                 break;
