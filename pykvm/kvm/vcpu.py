@@ -84,6 +84,11 @@ class KvmVcpu(VcpuSnapshot, VcpuCoalesced, VcpuDebug, VcpuSync, VcpuStatistics, 
         return bool(self._state.tid)
 
     @property
+    def occupied(self) -> bool:
+        """Whether any call is on its way into, in, or out of the kernel: more than ``running`` tells."""
+        return bool(self._handle.users)
+
+    @property
     def entries(self) -> int:
         """How often KVM_RUN was called for this vCPU."""
         return int(self._state.entries)

@@ -91,14 +91,14 @@ class KvmVm(VmRings, VmSnapshot, VmIoEvents, VmTuning, VmCpuid, Measured):
             vcpu.close()
         # The guest must be out before its memory goes.  It was kicked, so this takes microseconds.
         deadline = time.monotonic() + 5
-        while any(vcpu.running for vcpu in vcpus) and time.monotonic() < deadline:
+        while any(vcpu.occupied for vcpu in vcpus) and time.monotonic() < deadline:
             time.sleep(20e-6)
         self.close_statistics()
         with self._ring_lock:
             for vcpu in vcpus:
                 if vcpu.ring is not None:
                     vcpu.ring.close()
-        if any(vcpu.running for vcpu in vcpus):
+        if any(vcpu.occupied for vcpu in vcpus):
             return  # memory that a guest still reaches stays mapped, rather than become somebody else's
         with self._slots_lock:
             for slot in self._slots.values():

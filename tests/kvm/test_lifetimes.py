@@ -274,6 +274,22 @@ def test_closing_the_machine_ends_every_run(system: KvmSystem, ring: bool) -> No
         assert isinstance(runner.error, ClosedError)
 
 
+def test_memory_stays_while_a_thread_is_on_its_way_into_the_guest(system: KvmSystem) -> None:
+    """It holds the descriptor, but is not in KVM_RUN yet, where it may complete an access first."""
+    with Tiny(system.create_machine(), pages=64) as guest:
+        handle = guest.vcpu._handle
+        handle.users += 1
+        closer = threading.Thread(target=guest.vm.close, daemon=True)
+        closer.start()
+        closer.join(0.2)
+        assert closer.is_alive()
+        assert guest.slot.alive
+        handle.users -= 1
+        closer.join(20)
+        assert not guest.slot.alive
+        guest.vcpu.close()  # closes the descriptor, as the last one to leave would have done
+
+
 def test_kvm_run_works_after_the_vm_descriptor_is_gone(system: KvmSystem) -> None:
     """hosts.md C.4: the kernel would let it; here closing a VM closes its vCPUs, so it raises."""
     with Tiny(system.create_machine(), pages=64) as guest:
