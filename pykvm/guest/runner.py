@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -199,7 +200,8 @@ class GuestRunner:
     def _kick_all(self) -> None:
         for vcpu in self.machine.vcpus:
             if vcpu.id in self._threads and vcpu.id not in self._parked:
-                vcpu.kick()
+                with contextlib.suppress(ClosedError):  # closed: its thread comes out by itself
+                    vcpu.kick()
 
     def _resume(self) -> None:
         self._paused = False
@@ -209,10 +211,7 @@ class GuestRunner:
     def _end(self) -> None:
         self._hold = True
         self._changed.notify_all()
-        try:
-            self._kick_all()
-        except ClosedError:
-            return  # nobody is inside a closed vCPU
+        self._kick_all()
 
     def _not_from_a_vcpu(self, what: str) -> None:
         if threading.current_thread() in self._threads.values():

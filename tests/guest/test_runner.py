@@ -9,6 +9,7 @@ import time
 import pytest
 
 from pykvm.errors import (
+    ClosedError,
     EmulationError,
     GuestError,
     GuestTimeoutError,
@@ -85,6 +86,21 @@ def test_finish_from_outside_and_the_first_status_counts(make):
     runner.finish(3)
     runner.finish(4)
     assert runner.wait(5) == 3
+
+
+def test_stop_reaches_every_vcpu_where_one_is_closed(make):
+    runner, one, two = make([], [])
+    runner.start()
+    one.wait_inside()
+    two.wait_inside()
+    kick = one.kick
+
+    def closed(wait=None):
+        kick()  # closing a vCPU kicks it
+        raise ClosedError("vCPU 0 is closed; create a new one.")
+
+    one.kick = closed
+    runner.stop(5)
 
 
 def test_stop_ends_without_a_status_and_wait_returns(make):
