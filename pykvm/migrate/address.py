@@ -25,11 +25,11 @@ class Address:
     def parse(cls, text: str) -> Address:
         """Raises UsageError with the forms that exist."""
         kind, _, rest = text.partition(":")
-        if kind == "unix" and rest:
+        if kind == "unix" and rest and "\0" not in rest:
             if len(rest.encode()) > _UNIX_PATH_LIMIT:
                 raise UsageError(f"The socket path {rest!r} is longer than {_UNIX_PATH_LIMIT} bytes.")
             return cls(path=rest)
-        match = _TCP.fullmatch(rest) if kind == "tcp" else None
+        match = _TCP.fullmatch(rest) if kind == "tcp" and rest.isascii() else None
         if match and int(match["port"]) < 65536:
             return cls(host=(match["host"] or LOOPBACK).strip("[]"), port=int(match["port"]))
         raise UsageError(f"{text!r} is no address: use unix:PATH, tcp:HOST:PORT or tcp:PORT (loopback).")

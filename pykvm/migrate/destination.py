@@ -69,8 +69,9 @@ _PROGRESS_SECONDS = 0.1
 class Acceptance:
     """What this side is willing to spend: guest memory as the guest sees it, and as the host pays for it.
 
-    ``max_memory`` in bytes; KVM itself needs about 1/400 of it per memslot.  ``max_resident``: bytes of
-    pages that may be filled; None means what the host has available at the start, less an eighth.
+    ``max_memory``: bytes of memory, and bytes of all memslots; KVM itself needs about 1/400 of the latter.
+    ``max_resident``: bytes of pages that may be filled; None means what the host has available at the start,
+    less an eighth.
     """
 
     max_memory: int = DEFAULT_MAX_MEMORY
@@ -199,9 +200,11 @@ class _Destination:
         limit = self._acceptance.max_memory
         if hello.page_size != PAGE_SIZE or hello.memory % PAGE_SIZE:
             raise WireError(f"The memory must consist of pages of {PAGE_SIZE} bytes.")
-        if hello.memory > limit:
+        # The kernel's own memory grows with the slots, however often they show the same pages.
+        size = max(hello.memory, sum(slot.size for slot in hello.slots))
+        if size > limit:
             raise MigrationError(
-                f"The guest has {hello.memory >> 20} MiB of memory, and this side takes at most "
+                f"The guest has {size >> 20} MiB of memory, and this side takes at most "
                 f"{limit >> 20} MiB; raise the limit there."
             )
         if not hello.slots or not hello.vcpus:

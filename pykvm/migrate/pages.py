@@ -35,7 +35,11 @@ class SlotMap:
             raise MigrationError(
                 f"Memslot {slot_id} came or went during the migration; keep them as they are."
             )
-        return gfns - np.uint64(slot.gpa // PAGE_SIZE) + np.uint64(slot.memory_offset // PAGE_SIZE)
+        pages = gfns - np.uint64(slot.gpa // PAGE_SIZE)
+        # A gfn below the slot has become a huge number.
+        if len(pages) and int(pages.max()) >= slot.size // PAGE_SIZE:
+            raise MigrationError(f"Memslot {slot_id} moved during the migration; keep it where it is.")
+        return pages + np.uint64(slot.memory_offset // PAGE_SIZE)
 
     def gfn(self, page: int) -> int | None:
         """The first gfn that shows a page of the memory, or None where no slot does."""

@@ -362,6 +362,7 @@ def slot(**changes: Any) -> dict[str, Any]:
     ("changes", "words"),
     [
         ({"memory": 1 << 40}, "at most 64 MiB"),
+        ({"slots": [slot(id=n, gpa=n << 30, size=64 * PAGE_SIZE) for n in range(257)]}, "at most 64 MiB"),
         ({"memory": 4097}, "pages of 4096"),
         ({"page_size": 16384}, "pages of 4096"),
         ({"slots": []}, "a memslot"),

@@ -132,6 +132,15 @@ def test_a_slot_that_went_is_said_so() -> None:
             slots.pages(DirtyPages.of([(9, 0)]))
 
 
+@pytest.mark.parametrize("gfn", [0xFF, 0x10C])
+def test_gfns_outside_their_slot_are_never_read(gfn: int) -> None:
+    """The slot moved since they were collected; the page would be outside the memory, or another one."""
+    with GuestMemory(16 * PAGE_SIZE) as memory:
+        slots = SlotMap(slots_of(memory), memory)  # type: ignore[arg-type]
+        with pytest.raises(MigrationError, match="moved"):
+            slots.pages_of(3, np.array([gfn], dtype=np.uint64))
+
+
 @given(
     written=st.sets(st.integers(0, 299), max_size=60),
     batch=st.integers(1, FRAME_PAGES),
