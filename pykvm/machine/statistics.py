@@ -1,4 +1,4 @@
-"""KVM's binary statistics as a mapping (api.rst 4.134, KVM_GET_STATS_FD)."""
+"""KVM's binary statistics as a mapping (api.rst 4.133, KVM_GET_STATS_FD)."""
 
 from __future__ import annotations
 
