@@ -31,8 +31,8 @@ _SREGS_REFUSALS: Refusals = {
     errno.EINVAL: (
         KvmError,
         "the control registers contradict each other or name a feature that the guest's CPUID or the host "
-        "lacks (CR0.PG without PE, EFER.LMA without PG and PAE, EFER.LME or CR4.LA57 without CPUID, CR3 beyond "
-        "MAXPHYADDR …).",
+        "lacks (CR0.PG without PE, EFER.LMA without PG and PAE, EFER.LME or CR4.LA57 without its CPUID bit, "
+        "CR3 beyond MAXPHYADDR …).",
     )
 }
 
