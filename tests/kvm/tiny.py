@@ -175,8 +175,8 @@ def emulates_cpl0_in_batches(system: KvmSystem) -> bool:
     """Whether CPL 0 runs past the ring's soft limit: a probe of behaviour (docs/reference/hosts.md D.7).
 
     230 stores are more than the limit of a 256-entry ring (192) and less than the ring, so nothing is lost.
-    A batch may be cut short by an interrupt of the host, hence the tries.  A host that does not even take such
-    a ring logs with the processor (PML), which runs the guest.
+    A batch may be cut short by an interrupt of the host, hence the tries.  A host that does not take such a
+    ring logs with the processor (PML), which runs the guest.
     """
     if LEAST_RING > 256:
         return False
