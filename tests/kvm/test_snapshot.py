@@ -62,7 +62,6 @@ def start(guest: Tiny, code: bytes, count: int) -> KvmVcpu:
         rdi=DATA * PAGE_SIZE,
         rsi=0x3FFFF,
         rbp=(DATA + 513) * PAGE_SIZE,
-        rflags=2,
     )
 
 

@@ -20,6 +20,7 @@ from pykvm.kvm.slots import MemorySlot
 from pykvm.machine import DirtyRingFull, Exit, IoOut, Registers, SlotFlags
 from pykvm.machine.protocols import DirtyPages
 from pykvm.memory import PAGE_SIZE, GuestMemory
+from pykvm.x86.bits import Rflags
 from pykvm.x86.registers import DescriptorTable, Segment, SpecialRegisters
 from tests.rings import LEAST_RING
 
@@ -71,7 +72,8 @@ def _special(cpl: int, start: SpecialRegisters) -> SpecialRegisters:
     data = Segment(0, 0xFFFFFFFF, 0x2B if cpl else 0x10, 3, 1, cpl, 1, 1, 0, 1)
     start.cs = code
     start.ds = start.es = start.fs = start.gs = start.ss = data
-    # A zeroed TSS: its I/O permission bitmap starts at 0 and allows every port that the limit covers.
+    # Ports at CPL 3 come from RFLAGS.IOPL, not from an I/O permission bitmap: QEMU's TCG takes a TSS that is
+    # busy for none that has one.
     start.tr = Segment(TSS << 12, 0x67, 0x40, 0xB, 1, 0, 0, 0, 0, 0)
     start.gdt = DescriptorTable(GDT << 12, 0xFF)
     start.idt = DescriptorTable(0, 0)
@@ -97,6 +99,7 @@ class Tiny:
         assert pages <= 8 * 512
         self.vm = vm
         self.pages = pages
+        self._rflags = Rflags.FIXED | (Rflags.IOPL3 if cpl else 0)
         self.memory = GuestMemory(pages * PAGE_SIZE)
         # Written once, so that the host has a page of its own everywhere (hosts.md A, untouched memory).
         self.memory.view()[::PAGE_SIZE] = 0
@@ -121,6 +124,7 @@ class Tiny:
         at = CODE * PAGE_SIZE + self.vcpus.index(vcpu) * 64
         assert len(code) <= 64
         self.memory.write(at, code)
+        registers.setdefault("rflags", self._rflags)
         vcpu.set_registers(Registers(rip=at, rsp=(STACK + 1) * PAGE_SIZE, **registers))
         return vcpu
 
