@@ -16,7 +16,6 @@ from pykvm.x86.cpuid import CpuidEntry
 
 if TYPE_CHECKING:
     from pykvm.abi.library import CData
-    from pykvm.kvm.system import KvmSystem
 
 MAX_ENTRIES = 256  # KVM_MAX_CPUID_ENTRIES (arch/x86/include/asm/kvm_host.h)
 _FIELDS = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
@@ -59,17 +58,6 @@ class SystemCpuid(Extensions):
         processor lacks them.  Raises CapabilityError."""
         self.require(Capability.EXT_EMUL_CPUID, "KVM_GET_EMULATED_CPUID")
         return _read(self, lib.KVM_GET_EMULATED_CPUID, "KVM_GET_EMULATED_CPUID")
-
-
-class VmCpuid:
-    """A VM offers what its host does."""
-
-    system: KvmSystem
-
-    @property
-    def supported_cpuid(self) -> tuple[CpuidEntry, ...]:
-        """See KvmSystem.supported_cpuid."""
-        return self.system.supported_cpuid
 
 
 class VcpuCpuid(Managed):

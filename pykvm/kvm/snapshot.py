@@ -103,7 +103,7 @@ class VcpuSnapshot(VcpuRegisters, VcpuCpuid, VcpuMsrs, VcpuFloating, VcpuEventSt
             special=special,
             xsave=self.get_xsave(),
             xcrs=tuple(Xcr(index, value) for index, value in self.get_xcrs().items()),
-            msrs=tuple(Msr(*pair) for pair in self.get_readable_msrs(self.vm.system.msr_indices).items()),
+            msrs=tuple(Msr(*pair) for pair in self.get_readable_msrs(self.vm.msr_indices).items()),
             events=self.get_events(),
             mp_state=mp_state,
             debug=self.get_debug_registers(),

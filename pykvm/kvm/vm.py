@@ -11,7 +11,6 @@ from pykvm.abi import lib
 from pykvm.abi.managed import Refusals
 from pykvm.errors import CapabilityError, KvmError, UsageError
 from pykvm.kvm.capabilities import Capability
-from pykvm.kvm.cpuid import VmCpuid
 from pykvm.kvm.ioevents import VmIoEvents
 from pykvm.kvm.rings import VmRings
 from pykvm.kvm.snapshot import VmSnapshot
@@ -21,9 +20,10 @@ from pykvm.kvm.vcpu import KvmVcpu
 
 if TYPE_CHECKING:
     from pykvm.kvm.system import KvmSystem
+    from pykvm.x86.cpuid import CpuidEntry
 
 
-class KvmVm(VmRings, VmSnapshot, VmIoEvents, VmTuning, VmCpuid, Measured):
+class KvmVm(VmRings, VmSnapshot, VmIoEvents, VmTuning, Measured):
     """A VM of the real KVM; see pykvm.machine.Machine.  Closing it closes its vCPUs first."""
 
     backend = "kvm"
@@ -32,7 +32,11 @@ class KvmVm(VmRings, VmSnapshot, VmIoEvents, VmTuning, VmCpuid, Measured):
         super().__init__(fd)
         self.system = system
         self._vcpus: list[KvmVcpu] = []
+        # Asked now, since the system may be closed first.
         self._vcpu_mmap_size = system.vcpu_mmap_size
+        self._supported_cpuid = system.supported_cpuid
+        self.msr_indices = system.msr_indices
+        """See KvmSystem.msr_indices."""
 
     @property
     def name(self) -> str:
@@ -42,6 +46,11 @@ class KvmVm(VmRings, VmSnapshot, VmIoEvents, VmTuning, VmCpuid, Measured):
     def vcpus(self) -> Sequence[KvmVcpu]:
         """The vCPUs in order of creation."""
         return tuple(self._vcpus)
+
+    @property
+    def supported_cpuid(self) -> tuple[CpuidEntry, ...]:
+        """See KvmSystem.supported_cpuid."""
+        return self._supported_cpuid
 
     def _ring_vcpus(self) -> Sequence[KvmVcpu]:
         return self._vcpus

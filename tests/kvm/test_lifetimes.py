@@ -23,6 +23,7 @@ from pykvm.errors import ClosedError, KvmError, UsageError
 from pykvm.kvm import KvmSystem
 from pykvm.machine import Kicked, SlotFlags
 from pykvm.memory import PAGE_SIZE, GuestMemory
+from tests.rings import LEAST_RING
 
 from .tiny import DATA, SPIN, STORE, Runner, Tiny, done, ring_guest, running
 
@@ -54,10 +55,11 @@ def test_a_closed_system_leaves_its_machines_alone() -> None:
     with Tiny(vm) as guest:
         assert done(guest.store(DATA))
         assert guest.vm.get_dirty_log(guest.slot).tolist() == [DATA]
+        guest.vcpu.load_state(guest.vcpu.save_state())
 
 
 def test_everything_of_a_closed_machine_raises(system: KvmSystem) -> None:
-    guest = ring_guest(system, 256)
+    guest = ring_guest(system, LEAST_RING)
     vm, vcpu, slot = guest.vm, guest.vcpu, guest.slot
     registers, special = vcpu.get_registers(), vcpu.get_special_registers()
     vm.close()
@@ -70,7 +72,7 @@ def test_everything_of_a_closed_machine_raises(system: KvmSystem) -> None:
         "create_slot": lambda: vm.create_slot(guest.memory, 0),
         "check_extension": lambda: vm.check_extension(10),
         "enable_cap": lambda: vm.enable_cap(168, 1),
-        "enable_dirty_ring": lambda: vm.enable_dirty_ring(256),
+        "enable_dirty_ring": lambda: vm.enable_dirty_ring(LEAST_RING),
         "enable_manual_protect": vm.enable_manual_protect,
         "reset_dirty_rings": vm.reset_dirty_rings,
         "collect_rings": vm.collect_rings,
@@ -261,7 +263,7 @@ def test_closing_a_running_vcpu_ends_its_run(system: KvmSystem) -> None:
 
 @pytest.mark.parametrize("ring", [False, True])
 def test_closing_the_machine_ends_every_run(system: KvmSystem, ring: bool) -> None:
-    guest = ring_guest(system, 256, vcpus=4) if ring else Tiny(system.create_machine(), vcpus=4)
+    guest = ring_guest(system, LEAST_RING, vcpus=4) if ring else Tiny(system.create_machine(), vcpus=4)
     for vcpu in guest.vcpus:
         guest.load(SPIN, vcpu)
     runners = [Runner(vcpu) for vcpu in guest.vcpus]
@@ -313,7 +315,7 @@ def resources() -> tuple[int, int, int]:
 @pytest.mark.parametrize("ring", [False, True])
 def test_hundreds_of_machines_leak_nothing(system: KvmSystem, ring: bool) -> None:
     def once() -> None:
-        guest = ring_guest(system, 256, pages=64) if ring else Tiny(system.create_machine(), pages=64)
+        guest = ring_guest(system, LEAST_RING, pages=64) if ring else Tiny(system.create_machine(), pages=64)
         with guest:
             assert done(guest.store(DATA, 3))
             guest.vm.statistics()

@@ -17,6 +17,7 @@ INNER = {
     KvmVcpu: {
         "close_statistics",
         "entries",
+        "occupied",
         "prepare_statistics",
         "running",
         "swallowed",
