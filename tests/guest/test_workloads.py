@@ -14,6 +14,7 @@ from pykvm.guest import catalog
 from pykvm.guest.protocol import Block
 from pykvm.guest.workloads import Layout, WorkloadConfig, WorkloadGuest, gpa_of
 from pykvm.memory import PAGE_SIZE, GuestMemory
+from tests.rings import LEAST_RING
 
 MIB, GIB = 1 << 20, 1 << 30
 MASK = (1 << 64) - 1
@@ -480,11 +481,11 @@ def test_adopt_refuses_a_machine_that_does_not_fit(system):
 @pytest.mark.parametrize(("workload", "cpl"), [(name, 3) for name in WORKLOADS] + [("random", 0), ("smp", 0)])
 def test_smallest_dirty_ring_overflows_in_no_guest(system, workload, cpl):
     """CPL 0 guests keep their stores apart, so that even a host that emulates in batches keeps up."""
-    config = WorkloadConfig(workload, memory=4 * MIB, cpl=cpl, vcpus=2, quiet=100)
+    config = WorkloadConfig(workload, memory=LEAST_RING * 16384, cpl=cpl, vcpus=2, quiet=100)
     full: list[int] = []
 
     def enable(machine):
-        machine.enable_dirty_ring(256)
+        machine.enable_dirty_ring(LEAST_RING)
 
     with WorkloadGuest.create(system, config, prepare=enable) as guest:
 
@@ -503,9 +504,9 @@ def test_smallest_dirty_ring_overflows_in_no_guest(system, workload, cpl):
 
 def test_full_ring_without_a_tracker_is_an_error(system):
     def enable(machine):
-        machine.enable_dirty_ring(256)
+        machine.enable_dirty_ring(LEAST_RING)
 
-    config = WorkloadConfig("sequential", memory=4 * MIB)
+    config = WorkloadConfig("sequential", memory=LEAST_RING * 16384)
     with WorkloadGuest.create(system, config, prepare=enable) as guest:
         for slot in guest.machine.slots.values():
             slot.set_flags(slot.flags.__class__.LOG_DIRTY_PAGES)

@@ -20,6 +20,7 @@ from pykvm.errors import (
 from pykvm.kvm import KvmSystem, KvmVm
 from pykvm.machine import SlotFlags
 from pykvm.memory import PAGE_SIZE, GuestMemory
+from tests.rings import LEAST_RING
 
 from .tiny import DATA, LOAD, STORE, Tiny, done, emulates_cpl0_in_batches, ring_guest
 
@@ -292,7 +293,7 @@ def test_an_address_space_too_many(system: KvmSystem) -> None:
 @pytest.mark.parametrize("slot", [0, 5, 0xFFFF, 99 << 16])
 def test_in_ring_mode_every_bitmap_call_is_refused_before_its_arguments(system: KvmSystem, slot: int) -> None:
     """15.2: ENXIO first, whatever slot, range or pointer."""
-    with ring_guest(system, 256) as guest:
+    with ring_guest(system, LEAST_RING) as guest:
         for call in (
             lambda: raw_get(guest.vm, slot, ffi.NULL),
             lambda: raw_clear(guest.vm, slot, 1, 1),

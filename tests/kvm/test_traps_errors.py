@@ -21,6 +21,7 @@ from pykvm.kvm import KvmSystem
 from pykvm.machine import SlotFlags
 from pykvm.memory import PAGE_SIZE, GuestMemory
 from pykvm.track import RingTracker
+from tests.rings import LEAST_RING
 
 from .tiny import DONE, SPIN, Tiny, ring_guest, running
 
@@ -82,7 +83,7 @@ def no_logging(system: KvmSystem) -> None:
 
 
 def ring_mode(system: KvmSystem) -> None:
-    with ring_guest(system, 256) as guest:
+    with ring_guest(system, LEAST_RING) as guest:
         guest.vm.get_dirty_log(guest.slot)
 
 

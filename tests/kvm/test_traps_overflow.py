@@ -17,6 +17,7 @@ from pykvm.kvm import KvmSystem
 from pykvm.machine import DirtyRingFull
 from pykvm.memory import PAGE_SIZE
 from pykvm.track import RingTracker
+from tests.rings import LEAST_RING
 
 from .tiny import (
     DATA,
@@ -30,7 +31,7 @@ from .tiny import (
     ring_guest,
 )
 
-ENTRIES = 256
+ENTRIES = LEAST_RING
 DENSE = bytes.fromhex("48890f 4801d7") * 8 + bytes.fromhex("48ffc9 75cb") + DONE
 """again: 8 x (mov [rdi], rcx; add rdi, rdx); dec rcx; jnz again; out: 455 stores in 1024 instructions"""
 

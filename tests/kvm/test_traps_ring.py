@@ -16,13 +16,16 @@ from pykvm.kvm import KvmSystem, KvmVm
 from pykvm.machine import DirtyRingFull, IoOut, SlotFlags
 from pykvm.memory import PAGE_SIZE
 from pykvm.track import RingTracker
+from tests.rings import LEAST_RING
 
 from .tiny import DATA, PORT, ROUND_FOR_EVER, STORE, Runner, Tiny, done, gfns, ring_guest
 
 RING, ACQ_REL, WITH_BITMAP = 192, 223, 225
 DIRTY, RESET = 1, 2
 RING_OFFSET = 64 * PAGE_SIZE
-ENTRIES = 256
+ENTRIES = LEAST_RING
+MORE = 2 * ENTRIES - 112
+"""Pages to write for a ring to get full on the way, and once more."""
 LIMIT = ENTRIES - 64
 
 
@@ -38,7 +41,7 @@ class RawRing:
 
 def soft_limit(guest: Tiny) -> int:
     """Entries at which this host stops a vCPU: the size less 64, less 512 more with PML."""
-    assert isinstance(guest.store(DATA, 400), DirtyRingFull)
+    assert isinstance(guest.store(DATA, MORE), DirtyRingFull)
     return int((RawRing(guest).flags == DIRTY).sum())
 
 
@@ -161,7 +164,7 @@ def test_full_rings_stop_the_vcpu_at_the_soft_limit(system: KvmSystem, entries: 
 def test_a_full_ring_stays_full_until_the_reset(system: KvmSystem) -> None:
     """D.4: at once again, with no progress; harvesting without a reset does not help."""
     with ring_guest(system, ENTRIES) as guest:
-        assert isinstance(guest.store(DATA, 400), DirtyRingFull)
+        assert isinstance(guest.store(DATA, MORE), DirtyRingFull)
         raw = RawRing(guest)
         before = guest.vcpu.get_registers().rip, int((raw.flags == DIRTY).sum())
         for _ in range(3):
@@ -194,7 +197,7 @@ def test_the_write_that_filled_the_ring_may_not_have_happened_yet(system: KvmSys
         collect()
         assert DATA + count - 1 in first
         assert seen[0] or reported.count(DATA + count - 1) == 2
-        assert set(reported) == set(range(DATA, DATA + 400))
+        assert set(reported) == set(range(DATA, DATA + MORE))
 
 
 @pytest.mark.parametrize("cpl", [0, 3])
@@ -399,8 +402,8 @@ def test_one_full_ring_does_not_stop_the_others(system: KvmSystem) -> None:
     """4.5: a vCPU in DIRTY_RING_FULL is collected alone, and entries of the others stay in their rings."""
     with ring_guest(system, ENTRIES, vcpus=2) as guest:
         first, second = guest.vcpus
-        assert isinstance(guest.store(DATA, 400, vcpu=first), DirtyRingFull)
-        assert done(guest.store(DATA + 500, 30, vcpu=second))
+        assert isinstance(guest.store(DATA, MORE, vcpu=first), DirtyRingFull)
+        assert done(guest.store(DATA + MORE, 30, vcpu=second))
         harvest = guest.vm.collect_rings([first])
         assert {entries.vcpu for entries in harvest.entries} == {0}
         assert isinstance(first.run(), (IoOut, DirtyRingFull))
@@ -418,17 +421,17 @@ def test_a_closed_vcpu_leaves_its_pages_to_the_collector(system: KvmSystem) -> N
 def test_a_ring_with_more_entries_than_its_soft_limit_is_no_overflow(system: KvmSystem) -> None:
     """15.8: up to the hard limit nothing is lost, and nothing raises."""
     with ring_guest(system, ENTRIES) as guest:
-        assert isinstance(guest.store(DATA, 400), DirtyRingFull)
+        assert isinstance(guest.store(DATA, MORE), DirtyRingFull)
         raw = RawRing(guest)
         used = int((raw.flags == DIRTY).sum())
-        raw.offset[used:255] = DATA
-        raw.flags[used:255] = DIRTY
+        raw.offset[used:-1] = DATA
+        raw.flags[used:-1] = DIRTY
         # SAFETY of the test: entries the kernel has not pushed are taken back before its reset sees them.
         taken = guest.vcpu.ring.harvest(0)  # type: ignore[union-attr]
         assert taken is not None
-        assert len(taken.slots) == 255
+        assert len(taken.slots) == ENTRIES - 1
         assert not guest.vcpu.ring.overflowed  # type: ignore[union-attr]
-        raw.flags[used:255] = 0
+        raw.flags[used:-1] = 0
 
 
 def test_logging_must_be_on_for_entries(system: KvmSystem) -> None:

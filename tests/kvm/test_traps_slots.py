@@ -24,6 +24,7 @@ from pykvm.kvm import KvmSystem, KvmVm
 from pykvm.machine import MemoryFault, MmioWrite, SlotFlags
 from pykvm.machine.protocols import RingHarvest
 from pykvm.memory import PAGE_SIZE, GuestMemory
+from tests.rings import LEAST_RING
 
 from .tiny import DATA, LOAD, STORE, Tiny, done, gfns
 
@@ -280,7 +281,7 @@ def test_a_slot_beyond_its_memory_cannot_be_made(vm: KvmVm) -> None:
 def test_ring_mode_drops_entries_of_deleted_slots_and_keeps_the_rest(system: KvmSystem) -> None:
     """kvm-mmu.md 2, traps: entries pushed before the change keep the old slot and offset."""
     vm = system.create_machine()
-    vm.enable_dirty_ring(256)
+    vm.enable_dirty_ring(LEAST_RING)
     with Tiny(vm, pages=512) as guest, GuestMemory(8 * PAGE_SIZE) as memory:
         guest.slot.delete()
         base = vm.create_slot(guest.memory, 0, size=256 * PAGE_SIZE, flags=SlotFlags.LOG_DIRTY_PAGES)
@@ -298,7 +299,7 @@ def test_ring_mode_drops_entries_of_deleted_slots_and_keeps_the_rest(system: Kvm
 def test_ring_mode_drops_entries_whose_id_means_something_else_by_now(system: KvmSystem, change: str) -> None:
     """kvm-mmu.md 2, traps: the id and offset of an entry would now denote another page."""
     vm = system.create_machine()
-    vm.enable_dirty_ring(256)
+    vm.enable_dirty_ring(LEAST_RING)
     with Tiny(vm, pages=512) as guest, GuestMemory(8 * PAGE_SIZE) as memory:
         guest.slot.delete()
         vm.create_slot(guest.memory, 0, size=256 * PAGE_SIZE, flags=SlotFlags.LOG_DIRTY_PAGES)

@@ -24,6 +24,7 @@ from pykvm.migrate.sabotage import LostPage
 from pykvm.track import Tracker, make_tracker
 from tests.migrate.fakes import wait_for
 from tests.migrate.sides import Destination
+from tests.rings import LEAST_RING
 
 MIB = 1 << 20
 
@@ -52,7 +53,7 @@ TRACKERS: dict[str, Callable[[], Tracker]] = {
     "manual-chunks": lambda: make_tracker("manual", clear_chunk=256),
     "manual-initially-set": lambda: make_tracker("manual", initially_set=True),
     "ring": lambda: make_tracker("ring"),
-    "ring-256": lambda: make_tracker("ring", ring_entries=256),
+    "smallest-ring": lambda: make_tracker("ring", ring_entries=LEAST_RING),
 }
 HOTSPOT = WorkloadConfig(memory=16 * MIB)
 
@@ -274,7 +275,7 @@ def test_a_guest_whose_reports_are_nonsense_does_not_upset_its_host(system: KvmS
 @pytest.mark.parametrize("workload", ["random", "strings"])
 def test_an_overflowing_ring_ends_the_migration_and_not_the_guest(system: KvmSystem, workload: str) -> None:
     """docs/reference/hosts.md D.7: only hosts that emulate CPL 0 in batches overflow; others may not."""
-    tracker = make_tracker("ring", ring_entries=256)
+    tracker = make_tracker("ring", ring_entries=LEAST_RING)
     config = WorkloadConfig(workload, memory=16 * MIB, cpl=0, throttle=0)
     with running(system, config, tracker, visits=20) as guest:
         here, there = pair()

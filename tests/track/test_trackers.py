@@ -24,6 +24,7 @@ from pykvm.machine import DirtyRingFull, Gfns, Halted, Registers, Slot, SlotFlag
 from pykvm.memory import PAGE_SIZE, GuestMemory
 from pykvm.track import TRACKERS, ManualTracker, RingTracker, Tracker, make_tracker
 from pykvm.track.manual import clear_ranges
+from tests.rings import LEAST_RING
 
 from .conftest import CODE, PAGES, Rig, store_code
 
@@ -34,7 +35,7 @@ VARIANTS = {
     "bitmap": lambda: make_tracker("bitmap"),
     "manual": lambda: make_tracker("manual"),
     "manual in chunks": lambda: make_tracker("manual", clear_chunk=64),
-    "ring of 256": lambda: make_tracker("ring", ring_entries=256),
+    "smallest ring": lambda: make_tracker("ring", ring_entries=LEAST_RING),
     "ring of 65536": lambda: make_tracker("ring", ring_entries=65536),
 }
 
@@ -421,7 +422,7 @@ def test_pages_of_a_slot_that_moved_before_they_were_re_armed_stay_in_the_log(ri
 
 def test_what_a_ring_held_before_arming_is_not_reported(rig: MakeRig) -> None:
     """A vCPU's thread may empty its ring once more after ``disarm``."""
-    machine = rig(make_tracker("ring", ring_entries=256))
+    machine = rig(make_tracker("ring", ring_entries=LEAST_RING))
     tracker = machine.tracker
     tracker.arm(machine.vm)
     tracker.disarm()
