@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -18,6 +19,7 @@ USAGE_STATUS = 2
 BUG_STATUS = 70  # EX_SOFTWARE of <sysexits.h>
 INTERRUPTED_STATUS = 128 + 2
 BROKEN_PIPE_STATUS = 128 + 13
+_OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 class Commands(click.Group):
@@ -67,6 +69,11 @@ def _failed(session: Session, message: str, status: int) -> int:
     return status
 
 
+def _discard_output() -> None:
+    """Python flushes standard output once more at exit: let it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit status; nothing is raised."""
     session = Session()
@@ -96,12 +103,18 @@ def run(arguments: list[str]) -> int:
             session.print_document()
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read our output went away.  Python flushes standard output once more at exit: let it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()  # whoever read it went away
         status = BROKEN_PIPE_STATUS
     except Exception as error:
         if session.debug:
             traceback.print_exc()
+        if isinstance(error, OSError) and error.errno in _OUTPUT_ERRORS:
+            _discard_output()
+            return _failed(
+                session,
+                f"Cannot write the output: {error.strerror}; free some space.",
+                PykvmError.exit_status,
+            )
         status = _failed(
             session,
             f"This is a bug in pykvm ({type(error).__name__}: {_sentence(error)}) "

@@ -127,6 +127,25 @@ def test_a_closed_pipe_is_quiet() -> None:
     assert done.stderr == b""
 
 
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_output_that_cannot_be_written_is_one_sentence(options: tuple[str, ...]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            command_line("guests", "list", *options),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+            timeout=30,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "pykvm: Cannot write the output: No space left on device; free some space."
+    )
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.kvm
 def test_ctrl_c_ends_a_running_guest(tmp_path: Path) -> None:
     image = tmp_path / "spin.bin"
