@@ -23,7 +23,7 @@ from pykvm.guest.protocol import DEBUG_TEXT_PORT
 from pykvm.kvm import KvmVm
 from pykvm.machine import DirtyPages, Exit, Machine, Vcpu
 from pykvm.memory import PAGE_SIZE
-from pykvm.report.text import plural, seconds_text
+from pykvm.report.text import bytes_text, plural, seconds_text
 from pykvm.track import TRACKERS, Tracker, make_tracker
 
 MODES = {
@@ -37,6 +37,8 @@ MODES = {
 }
 _SERIAL_PORTS = 8
 _FIRST_EXITS_SHOWN = 10_000
+LARGEST_FILE = 1 << 30
+"""Bytes of an image or a module."""
 
 
 class Board:
@@ -77,11 +79,17 @@ class Board:
 
 
 def read_file(path: Path) -> bytes:
-    """The file's bytes.  Raises UsageError."""
+    """The file's bytes, at most LARGEST_FILE of them: a device may never end.  Raises UsageError."""
+    data = bytearray()
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                data += part
+                if len(data) > LARGEST_FILE:
+                    raise UsageError(f"{path} is longer than {bytes_text(LARGEST_FILE)}; is it an image?")
     except OSError as error:
         raise UsageError(f"Cannot read {path}: {error.strerror}.") from error
+    return bytes(data)
 
 
 def _run(guest: LaunchedGuest, tracker: Tracker | None, timeout: float | None) -> tuple[int, DirtyPages]:

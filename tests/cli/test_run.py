@@ -143,6 +143,15 @@ def test_a_bad_image_is_status_2(
     assert sentence in result.err
 
 
+def test_an_image_that_never_ends_is_refused(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pykvm.cli.run.LARGEST_FILE", 1 << 22)
+    result = invoke(capfd, "run", "/dev/zero", "--timeout", "1s")
+    assert result.status == 2
+    assert "/dev/zero is longer than 4 MiB" in result.err
+
+
 def test_the_exit_status_of_the_process_is_the_guests(image: Path) -> None:
     image.write_bytes(out(0xE9, *b"bye") + EXIT_5)
     result = execute("run", str(image))
