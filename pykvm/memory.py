@@ -227,6 +227,8 @@ class GuestMemory:
         Returns (page numbers ascending, array of shape (n, 16)).  Two memories of one size are equal if and
         only if both arrays are.  Time and memory follow the allocated pages, not the size.
         """
+        if offset % PAGE_SIZE or (length or 0) % PAGE_SIZE:
+            raise UsageError("Digests are of whole pages: offset and length must be multiples of 4096.")
         pages: list[int] = []
         digests = bytearray()
         for begin, span in self.extents(offset, length):

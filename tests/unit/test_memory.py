@@ -85,6 +85,14 @@ def test_reads_and_views_see_the_writes(writes: list[tuple[int, bytes]]) -> None
         ]
 
 
+@pytest.mark.parametrize(("offset", "length"), [(1, PAGE_SIZE), (0, PAGE_SIZE + 20), (100, None)])
+def test_digests_of_broken_pages_are_refused(offset: int, length: int | None) -> None:
+    with GuestMemory(4 * PAGE_SIZE) as memory:
+        memory.write(PAGE_SIZE, b"x")
+        with pytest.raises(UsageError, match="whole pages"):
+            memory.page_digests(offset, length)
+
+
 def test_discarded_pages_are_zero_and_free() -> None:
     with GuestMemory(MIB) as memory:
         memory.write(0, b"\1" * MIB)
