@@ -23,6 +23,8 @@ _ADDRESSES = 1 << 52
 
 def reason_of(error: BaseException) -> str:
     """An error's message as one line that fits a frame."""
+    if isinstance(error, KeyboardInterrupt):
+        return "It was interrupted."
     return text_of(str(error) or type(error).__name__)
 
 

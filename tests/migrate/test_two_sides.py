@@ -164,7 +164,7 @@ def test_an_interrupt_leaves_the_guest_running() -> None:
         with pytest.raises(KeyboardInterrupt):
             send(guest, FakeTracker(), here, progress=interrupt)
         assert destination.join() is None
-        assert "KeyboardInterrupt" in str(destination.error)
+        assert str(destination.error) == "The source gave up: It was interrupted."
         assert_goes_on(guest, lambda: guest.count)
 
 

@@ -214,4 +214,5 @@ def test_reasons_are_made_fit_for_a_frame_and_for_a_terminal() -> None:
     reason = messages.reason_of(ValueError("a\x1b[31m\nb" + "x" * 5000))
     assert messages.Failed.parse(wire.pack_json({"reason": reason, "started": False})).reason == reason
     assert "\x1b" not in reason
-    assert messages.reason_of(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert messages.reason_of(KeyboardInterrupt()) == "It was interrupted."
+    assert messages.reason_of(AssertionError()) == "AssertionError"
