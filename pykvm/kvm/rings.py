@@ -1,4 +1,4 @@
-"""Dirty rings (api.rst 8.29; virt/kvm/dirty_ring.c).
+"""Dirty rings (api.rst 8.29, in newer editions 7.36; virt/kvm/dirty_ring.c).
 
 The rules that callers forget are held here: entries are taken in order and with acquire/release, the
 reset is repeated until everything taken is reset, pages are handed out only after it, entries of slots
