@@ -7,7 +7,7 @@ from enum import Enum
 
 from pykvm.errors import UsageError
 from pykvm.memory import PAGE_SIZE
-from pykvm.migrate.wire import FRAME_PAGES
+from pykvm.migrate.wire import DIGESTS_PER_FRAME, FRAME_PAGES, RECORD_SIZE
 
 DEFAULT_DOWNTIME_LIMIT = 0.3
 DEFAULT_MAX_ROUNDS = 30
@@ -53,6 +53,13 @@ class Policy:
         if self.bandwidth is None:
             return FRAME_PAGES
         return max(1, min(FRAME_PAGES, int(self.bandwidth * _FRAME_SECONDS) // PAGE_SIZE))
+
+    @property
+    def digests_per_frame(self) -> int:
+        """Likewise for digests: the wait after one large frame could exceed the destination's time-out."""
+        if self.bandwidth is None:
+            return DIGESTS_PER_FRAME
+        return max(1, min(DIGESTS_PER_FRAME, int(self.bandwidth * _FRAME_SECONDS) // RECORD_SIZE))
 
     def decide(self, rounds: int, dirty_bytes: int, rate: float) -> Decision:
         """After ``rounds`` rounds, with ``dirty_bytes`` left and ``rate`` bytes a second measured."""

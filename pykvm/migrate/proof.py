@@ -13,9 +13,6 @@ from pykvm.memory import PAGE_SIZE, GuestMemory
 from pykvm.migrate.messages import PAGES_NAMED
 from pykvm.migrate.wire import DIGESTS_PER_FRAME, RECORD_SIZE, Pages
 
-RANGE_PAGES = DIGESTS_PER_FRAME
-"""Pages whose digests are made at a time (64 MiB): at most so many are not zero, and one frame holds them."""
-
 RECORD = np.dtype([("page", "<u8"), ("digest", "V16")])
 
 
@@ -27,14 +24,17 @@ class RangeDigests(NamedTuple):
     records: npt.NDArray[np.void]
 
 
-def digest_ranges(memory: GuestMemory) -> Iterator[RangeDigests]:
-    """Digests of the whole memory in ascending ranges without gaps; holes join the range before them."""
+def digest_ranges(memory: GuestMemory, most: int = DIGESTS_PER_FRAME) -> Iterator[RangeDigests]:
+    """Digests of the whole memory in ascending ranges without gaps; a hole joins the range behind it.
+
+    At most ``most`` in each, by default what a frame holds: those of 64 MiB.
+    """
     total = memory.size // PAGE_SIZE
     first = 0
     while first < total:
         data = next(memory.extents(first * PAGE_SIZE), None)
         begin = total if data is None else data[0] // PAGE_SIZE
-        end = min(total, begin + RANGE_PAGES)
+        end = min(total, begin + most)
         yield RangeDigests(first, end, digest_range(memory, begin, end))
         first = end
 

@@ -220,7 +220,7 @@ class _Source:
     def _prove(self, copier: Copier) -> tuple[str, str]:
         """Send the digests of all pages for the destination to compare; both root digests."""
         root = RootDigest()
-        for part in digest_ranges(self._guest.memory):
+        for part in digest_ranges(self._guest.memory, self._policy.digests_per_frame):
             root.add(part.records)
             head = wire.pack_range(part.first, part.end)
             self._channel.send(FrameType.DIGESTS, head, part.records.tobytes())

@@ -52,6 +52,20 @@ def test_frames_are_small_where_the_bandwidth_is(bandwidth: int | None, pages: i
     assert Policy(bandwidth=bandwidth).frame_pages == pages
 
 
+@pytest.mark.parametrize("bandwidth", [PAGE_SIZE, 30_000, MIB, 10**9, None])
+def test_no_frame_of_digests_outlasts_the_destinations_patience(bandwidth: int | None) -> None:
+    """A sender waits after each frame until the bandwidth has paid for it; 24 bytes a digest."""
+    most = Policy(bandwidth=bandwidth).digests_per_frame
+    assert 1 <= most <= 16384
+    assert bandwidth is None or most * 24 / bandwidth < 0.1
+    with GuestMemory(64 * PAGE_SIZE) as memory:
+        memory.view()[:] = 1
+        ranges = list(digest_ranges(memory, most))
+        assert max(len(part.records) for part in ranges) == min(most, 64)
+        assert sum(len(part.records) for part in ranges) == 64
+        assert [part.first for part in ranges] == [0] + [part.end for part in ranges[:-1]]
+
+
 @pytest.mark.parametrize(
     "options",
     [
