@@ -39,6 +39,24 @@ def test_the_scripts_can_be_executed(script: Path) -> None:
     assert os.access(script, os.X_OK)
 
 
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["--nosuch"], 2), (["a", "b"], 2)])
+def test_the_demo_explains_itself_before_it_does_anything(
+    tmp_path: Path, arguments: list[str], status: int
+) -> None:
+    done = subprocess.run(
+        [ROOT / "scripts/demo", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == status
+    assert done.stdout == ""
+    assert done.stderr.startswith("Usage: ")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def tools() -> Iterator[Path]:
     """An empty folder for PATH that every user can read: no compiler, no binutils, no apt-get."""
