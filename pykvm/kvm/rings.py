@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import mmap
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -37,6 +38,7 @@ from pykvm.errors import (
     RingOrderError,
     RingOverflowError,
     RingSizeError,
+    from_errno,
 )
 from pykvm.kvm.capabilities import Capability, Extensions, Switches
 from pykvm.kvm.slots import VmMemory
@@ -164,6 +166,7 @@ class VmRings(VmMemory, Extensions, Switches):
         self._ring_lock = threading.Lock()
         self._batches: list[_Batch] = []
         self._unreset = 0
+        self._owner_pid = os.getpid()
 
     def _ring_vcpus(self) -> Sequence[KvmVcpu]:
         raise NotImplementedError
@@ -239,6 +242,9 @@ class VmRings(VmMemory, Extensions, Switches):
             )
         if self.closed:
             raise ClosedError("The VM is closed; create a new one.")
+        if os.getpid() != self._owner_pid:
+            # Harvesting marks entries in memory that is shared with the parent; the reset would then fail.
+            raise from_errno(errno.EIO, "KVM_RESET_DIRTY_RINGS")
 
     def _harvest(self, wanted: set[int] | None) -> dict[int, SlotFrames]:
         """Take what there is; returns where the slots are after that."""

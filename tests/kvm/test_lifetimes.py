@@ -406,6 +406,36 @@ def test_a_forked_child_gets_an_error_and_the_parent_goes_on() -> None:
     in_a_process(FORK)
 
 
+RING_FORK = """
+import errno, os, sys
+from pykvm.errors import KvmError
+from pykvm.kvm import KvmSystem
+from tests.kvm.tiny import DATA, Tiny, done
+from tests.rings import LEAST_RING
+with KvmSystem() as system, system.create_machine() as vm:
+    vm.enable_dirty_ring(LEAST_RING)
+    with Tiny(vm, pages=64) as guest:
+        vm.collect_rings()
+        assert done(guest.store(DATA))
+        child = os.fork()
+        if not child:
+            try:
+                vm.collect_rings()
+            except KvmError as error:
+                os._exit(error.errno != errno.EIO)
+            os._exit(2)
+        _, status = os.waitpid(child, 0)
+        assert (0, DATA) in vm.collect_rings().pages
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.kvm
+def test_a_forked_child_does_not_take_the_parents_ring_entries() -> None:
+    """The ring is shared memory: entries marked by the child would be missing in the parent's collection."""
+    in_a_process(RING_FORK)
+
+
 # --- the stress -------------------------------------------------------------------------------------
 
 STRESS = """
