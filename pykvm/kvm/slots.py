@@ -430,4 +430,8 @@ class VmMemory(Managed):
                 f"the slot's {own.npages} pages.",
             ),
         }
-        self.ioctl(lib.KVM_CLEAR_DIRTY_LOG, log, "KVM_CLEAR_DIRTY_LOG", refusals)
+        # The lock keeps the id this slot's until the marks are cleared.
+        with own.log_lock:
+            if own.owner is not self:
+                raise own.closed_error()
+            self.ioctl(lib.KVM_CLEAR_DIRTY_LOG, log, "KVM_CLEAR_DIRTY_LOG", refusals)
