@@ -103,14 +103,17 @@ class GuestRunner:
                 raise UsageError("The machine has no vCPU to run; create one first.")
             for vcpu in vcpus:
                 vcpu.listen(None if self.trace is not None or self.bus.trace else self.bus.ports)
-            self._threads = {
-                vcpu.id: threading.Thread(
-                    target=self._thread, args=(vcpu,), name=f"vcpu-{vcpu.id}", daemon=True
-                )
-                for vcpu in vcpus
-            }
-            for thread in self._threads.values():
-                thread.start()
+            try:
+                for vcpu in vcpus:
+                    thread = threading.Thread(
+                        target=self._thread, args=(vcpu,), name=f"vcpu-{vcpu.id}", daemon=True
+                    )
+                    thread.start()
+                    self._threads[vcpu.id] = thread
+            except BaseException:  # the host has no thread left: those that run must not go on alone
+                self._stopped = True
+                self._end()
+                raise
 
     def pause(self, timeout: float = 10.0) -> None:
         """Stop all vCPUs between two instructions; returns when every thread is outside the guest.

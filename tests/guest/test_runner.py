@@ -410,3 +410,19 @@ def test_leaving_the_context_stops(make):
         one.wait_inside()
     assert not runner.running
     assert not one.running
+
+
+def test_a_host_without_threads_leaves_nothing_running(make, monkeypatch):
+    runner, _one, _two = make([], [])
+    start = threading.Thread.start
+
+    def second_fails(thread):
+        if thread.name == "vcpu-1":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", second_fails)
+    with pytest.raises(RuntimeError, match="new thread"):
+        runner.start()
+    runner.stop(5)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("vcpu-")]
