@@ -144,12 +144,12 @@ class _Destination:
         self._rounds = 0
         self._pages = 0
         self._reported = 0.0
+        self._started = False
 
     # --- the course of events ----------------------------------------------------------------------
 
     def run(self, check_seconds: float) -> ReceivedGuest:
         began = time.monotonic()
-        started = False
         with contextlib.ExitStack() as cleanup:
             try:
                 hello = self._hello()
@@ -163,10 +163,10 @@ class _Destination:
                 Ready().send(self._channel)
                 self._tell(Phase.HANDOVER)
                 self._expect(Handover)
-                started = True
+                self._started = True
                 guest.runner.start()
             except BaseException as error:
-                self._give_up(error, started)
+                self._give_up(error, self._started)
                 raise
             informed = self._announce(check_seconds)
             self._tell(Phase.CHECK)
@@ -361,12 +361,18 @@ class _Destination:
     # --- progress ----------------------------------------------------------------------------------
 
     def _tell(self, phase: Phase, pages: int = 0) -> None:
-        if self._progress is not None:
+        if self._progress is None:
+            return
+        try:
             self._progress(
                 Progress(
                     phase, round=self._rounds, pages_done=pages, bytes_total=self._channel.bytes_received
                 )
             )
+        except Exception:
+            # Once the guest is ours alone, a display that fails must not end it.
+            if not self._started:
+                raise
 
     def _tell_pages(self, pages: int) -> None:
         now = time.monotonic()

@@ -42,6 +42,22 @@ def test_a_running_guest_moves_and_goes_on_without_a_lost_page() -> None:
     assert phases[-1] is Phase.DONE
 
 
+def test_a_display_that_fails_after_the_hand_over_does_not_end_the_guest() -> None:
+    def broken(progress: Progress) -> None:
+        if progress.phase in (Phase.CHECK, Phase.DONE):
+            raise RuntimeError("the terminal is gone")
+
+    here, there = pair()
+    with running_guest() as guest:
+        destination = Destination(there, progress=broken)
+        result = send(guest, FakeTracker(), here)
+        received = destination.join()
+        assert received is not None
+        with received:
+            assert_goes_on(received.guest, lambda: received.guest.count)
+    assert result.verified
+
+
 def test_json_has_the_documented_keys() -> None:
     here, there = pair()
     with running_guest() as guest:
