@@ -14,6 +14,11 @@ from pykvm.machine import Vcpu
 
 COM_PORTS: Final = {1: 0x3F8, 2: 0x2F8, 3: 0x3E8, 4: 0x2E8}
 
+KEPT_OUTPUT: Final = 1 << 20
+"""How many bytes of the last output a text device keeps at least; a guest may print for ever."""
+KEPT_CODES: Final = 1 << 16
+"""The same for POST codes."""
+
 Sink = Callable[[bytes], None]
 
 
@@ -26,11 +31,13 @@ class TextSink(Device):
 
     @property
     def output(self) -> bytes:
-        """Everything printed so far."""
+        """What was printed: all of it, or the last mebibyte or more of a long output."""
         return bytes(self._output)
 
     def emit(self, data: bytes) -> None:
         self._output += data
+        if len(self._output) > 2 * KEPT_OUTPUT:
+            del self._output[:-KEPT_OUTPUT]
         if self._sink is not None:
             self._sink(data)
 
@@ -131,6 +138,8 @@ class PostCode(Device):
 
     def port_out(self, vcpu: Vcpu, port: int, size: int, value: int) -> None:
         self.codes.append(value)
+        if len(self.codes) > 2 * KEPT_CODES:
+            del self.codes[:-KEPT_CODES]
         if self._sink is not None:
             self._sink(value)
 

@@ -6,7 +6,16 @@ import pytest
 
 from pykvm.errors import UsageError
 from pykvm.guest.devices import Device, DeviceBus, GuestFinished
-from pykvm.guest.pc_devices import COM_PORTS, Cmos, DebugExit, DebugText, PostCode, Serial16550
+from pykvm.guest.pc_devices import (
+    COM_PORTS,
+    KEPT_CODES,
+    KEPT_OUTPUT,
+    Cmos,
+    DebugExit,
+    DebugText,
+    PostCode,
+    Serial16550,
+)
 from pykvm.machine import Halted, IoIn, IoOut, MmioRead, MmioWrite
 
 
@@ -266,3 +275,18 @@ def test_cmos_status_memory_sizes_and_storage(cmos):
     assert get(0x34) | get(0x35) << 8 == 48 * 16
     put(0x40, 0x99)
     assert get(0x40) == 0x99
+
+
+def test_a_guest_that_prints_for_ever_does_not_fill_the_host(vcpu):
+    seen = bytearray()
+    text, post = DebugText(seen.extend), PostCode()
+    chunk = bytes(range(256))
+    for _ in range(3 * KEPT_OUTPUT // 256):
+        text.emit(chunk)
+    assert KEPT_OUTPUT <= len(text.output) <= 2 * KEPT_OUTPUT
+    assert text.output.endswith(chunk)
+    assert len(seen) == 3 * KEPT_OUTPUT
+    for code in range(3 * KEPT_CODES):
+        post.port_out(vcpu, 0x80, 1, code)
+    assert KEPT_CODES <= len(post.codes) <= 2 * KEPT_CODES
+    assert post.codes[-1] == 3 * KEPT_CODES - 1
