@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from functools import cached_property
-from typing import Self
+from typing import Final, Self
 
 from pykvm.abi import lib
 from pykvm.abi.managed import Refusals
@@ -19,6 +19,10 @@ _NEW_VM: Refusals = {
     errno.EOPNOTSUPP: (KvmError, "the processor's virtualization is off; enable it in the firmware."),
     errno.EINVAL: (KvmError, "this host does not know the VM type; KVM_CAP_VM_TYPES lists the known ones."),
 }
+
+IDENTITY_MAP: Final = 0xFEFFC000
+TSS: Final = IDENTITY_MAP + 0x1000
+"""Where create_machine puts them: four pages below the last 16 MiB before 4 GiB, which firmware may take."""
 
 
 class KvmSystem(SystemCpuid, SystemMsrs):
@@ -73,4 +77,9 @@ class KvmSystem(SystemCpuid, SystemMsrs):
     def create_machine(self, vm_type: int = 0) -> KvmVm:
         """KVM_CREATE_VM (api.rst 4.2).  ``vm_type`` 0 is the ordinary one (KVM_CAP_VM_TYPES)."""
         fd = self.ioctl_int(lib.KVM_CREATE_VM, vm_type, "KVM_CREATE_VM", _NEW_VM)
-        return KvmVm(self, fd)
+        vm = KvmVm(self, fd)
+        # Intel processors without unrestricted guest emulate real mode with pages that KVM puts somewhere:
+        # not over the guest's, as the default of gpa 0 would (api.rst, KVM_SET_TSS_ADDR).
+        vm.set_identity_map_address(IDENTITY_MAP)
+        vm.set_tss_address(TSS)
+        return vm
