@@ -26,7 +26,6 @@
 HERE struct pykvm_run_page *volatile here_run; /* the vCPU that this thread is about to run, or runs */
 HERE volatile sig_atomic_t here_arrived;       /* a signal came since the last return to Python */
 HERE unsigned long long here_looked;
-HERE volatile sig_atomic_t here_inside[NSIG];
 
 static struct sigaction chained[NSIG];
 
@@ -37,14 +36,10 @@ static void note(int number, siginfo_t *info, void *context)
     here_arrived = 1;
     if (run)
         __atomic_store_n(&run->immediate_exit, 1, __ATOMIC_SEQ_CST);
-    if (here_inside[number])
-        return; /* the handler behind ours was installed after it and calls it in turn */
-    here_inside[number] = 1;
     if (chained[number].sa_flags & SA_SIGINFO)
         chained[number].sa_sigaction(number, info, context);
     else
         chained[number].sa_handler(number);
-    here_inside[number] = 0;
 }
 
 static int go_before(int number)
@@ -53,6 +48,9 @@ static int go_before(int number)
 
     if (sigaction(number, NULL, &action) || action.sa_handler == SIG_DFL || action.sa_handler == SIG_IGN ||
         action.sa_flags & SA_RESETHAND || ((action.sa_flags & SA_SIGINFO) && action.sa_sigaction == note))
+        return 0;
+    /* Python installs the same one again and again.  Another one may call ours in turn: leave it alone. */
+    if (chained[number].sa_handler && chained[number].sa_handler != action.sa_handler)
         return 0;
     chained[number] = action;
     action.sa_flags |= SA_SIGINFO;
