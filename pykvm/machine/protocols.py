@@ -58,7 +58,11 @@ class Slot(Protocol):
         """Change LOG_DIRTY_PAGES; READONLY of a live slot cannot change (SlotChangeError)."""
 
     def move(self, gpa: int) -> None:
-        """Let the guest see the memory at another address; the dirty bitmap moves along."""
+        """Let the guest see the memory at another address.
+
+        The dirty bitmap moves along; ring entries pushed before are dropped and counted as stale.  Either way
+        treat all of its pages as written.
+        """
 
     def delete(self) -> None:
         """Remove the slot; dirty bits that nobody fetched are lost (api.rst 4.35)."""
