@@ -34,6 +34,8 @@ CPL3_LOOP = LOOP + PADDQ + bytes.fromhex("48ffc9 75de 0f114500 e610")
 """…; dec rcx; jnz; movups [rbp], xmm0; out 0x10, al"""
 CPL0_LOOP = LOOP + bytes.fromhex("48ffc9 75e6 e610")
 TSC = 0x10
+CLOCKS = {TSC, 0x4000_0010, 0x4000_0020}
+"""MSRs that go on by themselves: the TSC and, where KVM has Hyper-V's, its run time and reference time."""
 LSTAR = 0xC0000082
 
 
@@ -132,7 +134,6 @@ def test_a_guest_moved_in_mid_loop_ends_as_if_it_had_stayed(
 def test_a_guest_in_real_mode_moves(system: KvmSystem) -> None:
     """Segments with bases, 16-bit code; where KVM interprets it, in the midst of a batch."""
     code = bytes.fromhex("6640 67e2fb e610")  # again: inc eax; loop again (counting ecx); out 0x10, al
-    count = 0x30D41  # two ones in the lowest byte: PF; no carry from its lower half: no AF
     machines = []
     with ExitStack() as stack:
         for _ in range(2):
@@ -145,8 +146,16 @@ def test_a_guest_in_real_mode_moves(system: KvmSystem) -> None:
         special = source.get_special_registers()
         special.cs.base, special.cs.selector = 0x800, 0x80
         source.set_special_registers(special)
-        source.set_registers(Registers(rip=0x800, rcx=count))
-        assert run_soon(source, 0.01) == Kicked()
+        for count in (
+            0x30D41,
+            0x8000041,
+        ):  # two ones in the lowest byte: PF; no carry from its lower half: no AF
+            source.set_registers(Registers(rip=0x800, rcx=count))
+            exit_ = run_soon(source, 0.01)
+            if exit_ == Kicked():
+                break
+            assert done(exit_), "a processor that runs the code itself needs more of it"
+        assert exit_ == Kicked()
         assert 0 < source.get_registers().rcx <= count
         destination.load_state(through_json(source.save_state()))
         assert done(run_soon(destination, 20))
@@ -191,7 +200,7 @@ def test_a_loaded_state_is_the_saved_one(guests: type) -> None:
     for field in ("cpuid", "registers", "special", "xsave", "xcrs", "events", "mp_state", "debug", "tsc_khz"):
         assert getattr(again, field) == getattr(saved, field), field
     ours, theirs = (
-        {msr.index: msr.value for msr in state.msrs if msr.index != TSC} for state in (again, saved)
+        {msr.index: msr.value for msr in state.msrs if msr.index not in CLOCKS} for state in (again, saved)
     )
     assert ours == theirs
     assert ours[LSTAR] == 0xFFFF_8000_1234_5678

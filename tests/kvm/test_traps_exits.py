@@ -24,7 +24,22 @@ from pykvm.machine import (
 from pykvm.memory import PAGE_SIZE, GuestMemory
 from pykvm.x86.bits import Cr0, Cr4, Efer
 
-from .tiny import COUNT_FOR_EVER, DATA, DONE, LOAD, PORT, STORE, Tiny, done, emulates_cpl0_in_batches
+from .tiny import (
+    COUNT_FOR_EVER,
+    DATA,
+    DONE,
+    LOAD,
+    PD,
+    PDPT,
+    PML4,
+    PORT,
+    STORE,
+    SYSTEM,
+    TABLES,
+    Tiny,
+    done,
+    emulates_cpl0_in_batches,
+)
 
 HOLE = 100 * PAGE_SIZE
 """Mapped by the guest's page tables (of 512 pages), with no memory behind it."""
@@ -171,6 +186,7 @@ def test_a_triple_fault_is_a_shutdown_and_leaves_nothing_hanging(guest: Tiny) ->
     # Another vCPU of the same VM is not touched by that.
     special = guest.vcpu.get_special_registers()
     other = guest.vm.create_vcpu()
+    other.set_cpuid(guest.vm.supported_cpuid)
     other.set_special_registers(special)
     guest.vcpus.append(other)
     assert done(guest.run(DONE, other))
@@ -274,25 +290,37 @@ def test_write_protection_costs_one_fault_per_page_and_round(system: KvmSystem) 
 def test_translate_has_side_effects(system: KvmSystem) -> None:
     """15.12: it sets the A bits of the tables it walks, and their pages become dirty."""
     with Tiny(system.create_machine(), pages=512) as guest:
-        table = 8 * PAGE_SIZE + DATA * 8
+        guest.system.set_flags(SlotFlags.LOG_DIRTY_PAGES)
+        table = TABLES * PAGE_SIZE + DATA * 8
         entry = int.from_bytes(guest.memory.read(table, 8), "little")
         guest.memory.write(table, (entry & ~0x60).to_bytes(8, "little"))
-        guest.vm.get_dirty_log(guest.slot)
         assert guest.vcpu.translate(A + 5) == A + 5
         assert int.from_bytes(guest.memory.read(table, 8), "little") == entry & ~0x60 | 0x20
-        assert guest.vm.get_dirty_log(guest.slot).tolist() == [8]
+        assert guest.vm.get_dirty_log(guest.system).tolist() == [SYSTEM + TABLES]
         assert guest.vcpu.translate(1 << 40) is None
 
 
 def test_accessed_and_dirty_bits_dirty_the_table(guest: Tiny) -> None:
-    """15.19: one mark for the table page when the walk changes an entry, and none for a failing walk."""
-    table = 8 * PAGE_SIZE + DATA * 8
+    """15.19: the table's page is marked when the walk changes an entry.
+
+    Which pages a store marks beyond that, if its walk changes none, the host says first: those of all
+    tables with nested paging, none otherwise.
+    """
+    guest.system.set_flags(SlotFlags.LOG_DIRTY_PAGES)
+    assert done(guest.store(DATA))
+    guest.vm.get_dirty_log(guest.slot)
+    guest.vm.get_dirty_log(guest.system)
+    assert done(guest.store(DATA))
+    always = guest.vm.get_dirty_log(guest.system).tolist()
+    assert not always or {SYSTEM + page for page in (PML4, PDPT, PD, TABLES)} <= set(always)
+    table = TABLES * PAGE_SIZE + DATA * 8
     entry = int.from_bytes(guest.memory.read(table, 8), "little")
     guest.memory.write(table, (entry & ~0x60).to_bytes(8, "little"))
     guest.vm.get_dirty_log(guest.slot)
     assert done(guest.store(DATA))
     assert int.from_bytes(guest.memory.read(table, 8), "little") == entry
-    assert guest.vm.get_dirty_log(guest.slot).tolist() == [8, DATA]
+    assert guest.vm.get_dirty_log(guest.slot).tolist() == [DATA]
+    assert set(guest.vm.get_dirty_log(guest.system).tolist()) == {SYSTEM + TABLES, *always}
 
 
 def test_a_slot_deletion_refaults_everything(system: KvmSystem) -> None:

@@ -18,7 +18,19 @@ from pykvm.memory import PAGE_SIZE
 from pykvm.track import RingTracker
 from tests.rings import LEAST_RING
 
-from .tiny import DATA, PORT, ROUND_FOR_EVER, STORE, Runner, Tiny, done, gfns, ring_guest
+from .tiny import (
+    DATA,
+    PORT,
+    ROUND_FOR_EVER,
+    STORE,
+    SYSTEM,
+    TABLES,
+    Runner,
+    Tiny,
+    done,
+    gfns,
+    ring_guest,
+)
 
 RING, ACQ_REL, WITH_BITMAP = 192, 223, 225
 DIRTY, RESET = 1, 2
@@ -335,13 +347,14 @@ def test_entries_come_in_program_order_and_wrap_around(system: KvmSystem) -> Non
 def test_writes_of_vcpu_ioctls_reach_the_ring_too(system: KvmSystem) -> None:
     """4.4 and 15.12: KVM_TRANSLATE walks for real and sets A bits, which dirties the guest's tables."""
     with ring_guest(system, ENTRIES) as guest:
-        table = 8 * PAGE_SIZE + (DATA + 1) * 8
+        guest.system.set_flags(SlotFlags.LOG_DIRTY_PAGES)
+        table = TABLES * PAGE_SIZE + (DATA + 1) * 8
         entry = int.from_bytes(guest.memory.read(table, 8), "little")
         guest.memory.write(table, (entry & ~0x60).to_bytes(8, "little"))
         guest.vm.collect_rings()
         assert guest.vcpu.translate((DATA + 1) * PAGE_SIZE + 0x123) == (DATA + 1) * PAGE_SIZE + 0x123
         assert int.from_bytes(guest.memory.read(table, 8), "little") & 0x20
-        assert gfns(guest.vm.collect_rings().pages) == [8]
+        assert gfns(guest.vm.collect_rings().pages, guest.system.id) == [SYSTEM + TABLES]
 
 
 # --- collecting while the guest runs (15.13; hosts.md D.6) ------------------------------------------

@@ -4,7 +4,12 @@ It knows nothing of ``pykvm.guest``, so that the two check each other.  One VM w
 mapped with 4 KiB pages whose entries have A and D set already: a walk then changes no table, and the only
 pages that a store dirties are those it names.  Code runs at CPL 3 or CPL 0, one snippet per vCPU and call.
 
-Page frames: 1 code, 2 PML4, 3 PDPT, 4 PD, 5 TSS, 6 GDT (empty), 7 stack, 8 to 15 page tables, 16 on data.
+Pages: 1 code, 2 PML4, 3 PDPT, 4 PD, 5 TSS, 6 GDT (empty), 7 stack, 8 to 15 page tables, 16 on data.
+
+What the guest itself needs is left out of the log: with nested paging the processor's walks count as writes
+of the tables, and fetching code may report its page (docs/reference/hosts.md B.9).  So the first 16 pages
+of the memory are seen by the guest through a second slot, ``system``, from frame ``SYSTEM`` on and without
+logging; at their own frames nobody uses them.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from pykvm.x86.registers import DescriptorTable, Segment, SpecialRegisters
 from tests.rings import LEAST_RING
 
 CODE, PML4, PDPT, PD, TSS, GDT, STACK, TABLES, DATA = 1, 2, 3, 4, 5, 6, 7, 8, 16
+SYSTEM = 8 * 512
 PORT = 0x10
 DONE = bytes([0xE6, PORT])
 """out 0x10, al"""
@@ -47,24 +53,25 @@ _P, _W, _U, _A, _D = 1, 2, 4, 0x20, 0x40
 
 
 def _page_tables(pages: int) -> dict[int, bytes]:
-    """Table frame to contents: a 4-level identity map of ``pages`` frames (SDM vol. 3, 4.5)."""
+    """Table page to contents: a 4-level map of ``pages`` pages (SDM vol. 3, 4.5), identical from DATA on."""
     upper = _P | _W | _U | _A
     full = -(-pages // 512)
     tables = {
-        PML4: struct.pack("<Q", PDPT << 12 | upper),
-        PDPT: struct.pack("<Q", PD << 12 | upper),
-        PD: b"".join(struct.pack("<Q", (TABLES + i) << 12 | upper) for i in range(full)),
+        PML4: struct.pack("<Q", SYSTEM + PDPT << 12 | upper),
+        PDPT: struct.pack("<Q", SYSTEM + PD << 12 | upper),
+        PD: b"".join(struct.pack("<Q", SYSTEM + TABLES + i << 12 | upper) for i in range(full)),
     }
     for i in range(full):
         tables[TABLES + i] = b"".join(
-            struct.pack("<Q", gfn << 12 | _leaf(gfn)) for gfn in range(i * 512, min((i + 1) * 512, pages))
+            struct.pack("<Q", _leaf(page)) for page in range(i * 512, min((i + 1) * 512, pages))
         )
     return tables
 
 
-def _leaf(gfn: int) -> int:
+def _leaf(page: int) -> int:
     """D stays clear in what is only read, since a read of a page with D set may dirty it (hosts.md B.0)."""
-    return _P | _W | _U | _A | (_D if gfn == STACK or gfn >= DATA else 0)
+    gfn = page if page >= DATA else SYSTEM + page
+    return gfn << 12 | _P | _W | _U | _A | (_D if page == STACK or page >= DATA else 0)
 
 
 def _special(cpl: int, start: SpecialRegisters) -> SpecialRegisters:
@@ -78,7 +85,7 @@ def _special(cpl: int, start: SpecialRegisters) -> SpecialRegisters:
     start.gdt = DescriptorTable(GDT << 12, 0xFF)
     start.idt = DescriptorTable(0, 0)
     start.cr0 = 0x80010033
-    start.cr3 = PML4 << 12
+    start.cr3 = SYSTEM + PML4 << 12
     start.cr4 = 0x620
     start.efer = 0x500
     return start
@@ -96,7 +103,7 @@ class Tiny:
         vcpus: int = 1,
         flags: SlotFlags = SlotFlags.LOG_DIRTY_PAGES,
     ) -> None:
-        assert pages <= 8 * 512
+        assert DATA <= pages <= SYSTEM
         self.vm = vm
         self.pages = pages
         self._rflags = Rflags.FIXED | (Rflags.IOPL3 if cpl else 0)
@@ -106,6 +113,9 @@ class Tiny:
         for gfn, data in _page_tables(pages).items():
             self.memory.write(gfn * PAGE_SIZE, data)
         self.slot: MemorySlot = vm.create_slot(self.memory, 0, flags=flags)
+        self.system: MemorySlot = vm.create_slot(
+            self.memory, SYSTEM * PAGE_SIZE, size=DATA * PAGE_SIZE, slot_id=SYSTEM
+        )
         self.vcpus: list[KvmVcpu] = []
         for _ in range(vcpus):
             vcpu = vm.create_vcpu()

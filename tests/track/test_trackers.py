@@ -188,8 +188,10 @@ def test_asking_for_a_full_ring_leaves_the_exit_to_its_thread(rig: MakeRig) -> N
     machine = rig(RingTracker(256))
     machine.tracker.arm(machine.vm)
     vcpu = machine.vcpus[0]
-    for _ in range(10):
-        machine.memory.write(CODE, store_code(range(10, 50)))
+    for first in range(
+        10, PAGES - 40, 40
+    ):  # other pages each time: one that is dirty may need no entry again
+        machine.memory.write(CODE, store_code(range(first, first + 40)))
         vcpu.set_registers(Registers(rip=CODE))
         if isinstance(vcpu.run(), DirtyRingFull):
             break
