@@ -38,6 +38,7 @@ from pykvm.errors import (
     RingOrderError,
     RingOverflowError,
     RingSizeError,
+    UsageError,
     from_errno,
 )
 from pykvm.kvm.capabilities import Capability, Extensions, Switches
@@ -216,11 +217,11 @@ class VmRings(VmMemory, Extensions, Switches):
         """Harvest and reset; see pykvm.machine.Machine.collect_rings.
 
         May be called from any thread while vCPUs run.  Raises DirtyRingModeError, RingOverflowError,
-        ClosedError.
+        ClosedError, and UsageError for a vCPU of another machine.
         """
         with self._ring_lock:
             self._require_rings()
-            wanted = None if vcpus is None else {vcpu.id for vcpu in vcpus}
+            wanted = None if vcpus is None else self._own_ids(vcpus)
             now = self._harvest(wanted)
             self._raise_overflow()
             self._reset()
@@ -234,6 +235,13 @@ class VmRings(VmMemory, Extensions, Switches):
                 for batch in batches
             ]
         )
+
+    def _own_ids(self, vcpus: Iterable[Vcpu]) -> set[int]:
+        chosen = list(vcpus)
+        ours = self._ring_vcpus()
+        if any(all(vcpu is not own for own in ours) for vcpu in chosen):
+            raise UsageError("A vCPU of another machine has its ring there; ask that machine.")
+        return {vcpu.id for vcpu in chosen}
 
     def _require_rings(self) -> None:
         if not self.ring_entries:

@@ -317,6 +317,12 @@ def test_bad_choices_are_one_sentence(name: str, options: dict[str, int]) -> Non
         make_tracker(name, **options)
 
 
+def test_the_ring_of_another_machines_vcpu_is_refused(rig: MakeRig) -> None:
+    one, other = rig(RingTracker(LEAST_RING)), rig(RingTracker(LEAST_RING))
+    with pytest.raises(UsageError, match="another machine"):
+        one.vm.collect_rings([other.vcpus[0]])
+
+
 def test_a_host_without_rings_is_told(vm: KvmVm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(KvmVm, "check_extension", lambda self, capability: 0)
     with pytest.raises(CapabilityError, match="use the bitmap"):
