@@ -23,10 +23,13 @@ _LINES_KEPT = 20
 class DestinationProcess:
     """A receiver on this host; a context manager that leaves no process behind."""
 
-    def __init__(self, address: str, *, backend: str, check_seconds: float, max_memory: int) -> None:
+    def __init__(
+        self, address: str, *, backend: str, check_seconds: float, max_memory: int, patience: float = 0.0
+    ) -> None:
+        """``patience``: seconds that may pass until the source connects, beyond the usual."""
         command = [sys.executable, "-m", "pykvm", "migrate", "receive", "--json"]
         command += ["--address", address, "--backend", backend, "--check-seconds", f"{check_seconds:f}s"]
-        command += ["--max-memory", str(max_memory), "--accept-timeout", f"{_START_SECONDS:f}s"]
+        command += ["--max-memory", str(max_memory), "--accept-timeout", f"{_START_SECONDS + patience:f}s"]
         self._process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -41,9 +44,18 @@ class DestinationProcess:
         for reader in self._readers:
             reader.start()
 
+    def settle(self) -> bool:
+        """Wait until it listens or has ended; false when neither happened in time."""
+        return self._settled.wait(_START_SECONDS)
+
     def address(self) -> str:
         """Where it listens.  Raises MigrationError if it ended instead, with its own last words."""
-        if not self._settled.wait(_START_SECONDS) or not self._address:
+        if not self.settle():
+            self.kill()
+            raise MigrationError(
+                f"The destination process did not start in {_START_SECONDS:g} s; is this machine overloaded?"
+            )
+        if not self._address:
             self.kill()
             words = self._lines[-1] if self._lines else "it said nothing"
             raise MigrationError(f"The destination process did not start: {words}")

@@ -164,18 +164,25 @@ def command(session: Session, workload: str, seconds: float, interval: float, **
             watch = Watch(session, guest, tracker, interval)
             try:
                 watch.run(seconds)
-                session.document |= _document(guest, tracker, watch)
             finally:
+                # Also what is known when the user or an error ends it.
                 guest.runner.stop()
                 tracker.disarm()
+                if watch.intervals:
+                    session.document |= _document(guest, tracker, watch)
+                    _print_summary(session)
+    corruptions = session.document["guest_corruptions"]
+    if corruptions:
+        raise GuestCorruptionError(f"The guest found {plural(corruptions, 'corruption')} in its memory.")
+
+
+def _print_summary(session: Session) -> None:
     document = session.document
-    pages, corruptions = document["pages_dirtied"], document["guest_corruptions"]
+    pages = document["pages_dirtied"]
     session.out.print(
         f"{count_text(pages)} of {count_text(document['pages_total'])} pages "
         f"({bytes_text(pages * PAGE_SIZE)}) "
         f"dirtied in {seconds_text(document['seconds'])}; the guest made "
         f"{count_text(document['guest_visits'])} visits and {count_text(document['guest_checks'])} checks "
-        f"and found {plural(corruptions, 'corruption')}."
+        f"and found {plural(document['guest_corruptions'], 'corruption')}."
     )
-    if corruptions:
-        raise GuestCorruptionError(f"The guest found {plural(corruptions, 'corruption')} in its memory.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from pykvm.cli.parameters import duration_type
 from pykvm.cli.sending import Sending
 from pykvm.cli.session import Session, common_options
 from pykvm.migrate import Address, MigrationResult, Policy, connect
+
+_GUEST_SECONDS = 60.0
+"""What making a guest may take: KVM needs seconds for a memslot of 1 TiB."""
 
 
 @click.group("migrate", invoke_without_command=True, short_help="Migrate a running guest and prove it.")
@@ -89,23 +93,31 @@ def _both(
         sabotage=sabotage,
         report_path=report_path,
     )
-    with (
-        tempfile.TemporaryDirectory(prefix="pykvm-") as folder,
-        open_system(session.backend) as system,
-        sending.start(system, warm_up) as guest,
-    ):
+    with contextlib.ExitStack() as cleanup:
+        system = cleanup.enter_context(open_system(session.backend))
+        folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="pykvm-"))
 
-        def once() -> MigrationResult:
+        def destination(attempt: int) -> DestinationProcess:
             # A path of its own for each attempt: a killed receiver leaves its socket behind.
-            fresh = "tcp:0" if transport == "tcp" else f"unix:{folder}/{session.document['attempts']}"
-            with DestinationProcess(
+            fresh = "tcp:0" if transport == "tcp" else f"unix:{folder}/{attempt}"
+            return DestinationProcess(
                 str(chosen or fresh),
                 backend=session.backend,
                 check_seconds=check_seconds,
                 max_memory=config.memory,
-            ) as destination:
-                result = sending.move(guest, connect(destination.address()), fence=destination.kill)
-                session.document["destination"] = destination.document()
+                patience=warm_up + _GUEST_SECONDS,
+            )
+
+        # The first one starts before the guest: many busy vCPUs can keep a new process waiting for long.
+        first = cleanup.enter_context(destination(1))
+        first.settle()
+        guest = cleanup.enter_context(sending.start(system, warm_up))
+
+        def once() -> MigrationResult:
+            attempt = session.document["attempts"]
+            with first if attempt == 1 else destination(attempt) as receiver:
+                result = sending.move(guest, connect(receiver.address()), fence=receiver.kill)
+                session.document["destination"] = receiver.document()
                 return result
 
         sending.attempt(guest, attempts, once)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -183,3 +184,25 @@ def test_the_module_runs_like_the_script() -> None:
     begin = time.monotonic()
     assert execute("guests", "list").status == 0
     assert time.monotonic() - begin < 30
+
+
+@pytest.mark.kvm
+def test_ctrl_c_tells_what_dirty_knows_so_far() -> None:
+    process = subprocess.Popen(
+        command_line("dirty", "random", "--memory", "8M", "--seconds", "60", "--interval", "20ms", "--json"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
+    try:
+        assert process.stderr is not None
+        assert process.stderr.readline()  # the first interval
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.wait()
+    document = json.loads(out)
+    assert document["exit_status"] == process.returncode == main.INTERRUPTED_STATUS
+    assert document["intervals"]
+    assert document["guest_corruptions"] == 0
