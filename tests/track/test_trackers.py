@@ -177,7 +177,7 @@ def test_manual_reports_again_what_was_not_rearmed(rig: MakeRig) -> None:
 
 def test_a_ring_stopped_by_its_limit_loses_nothing(rig: MakeRig) -> None:
     """More marks than the ring holds, taken by on_ring_full and handed out by the next collection."""
-    machine = rig(RingTracker(256))
+    machine = rig(RingTracker(LEAST_RING))
     machine.tracker.arm(machine.vm)
     machine.store(list(DATA) * 4)
     assert machine.reported() == set(DATA)
@@ -185,7 +185,7 @@ def test_a_ring_stopped_by_its_limit_loses_nothing(rig: MakeRig) -> None:
 
 def test_asking_for_a_full_ring_leaves_the_exit_to_its_thread(rig: MakeRig) -> None:
     """A collector asks from another thread, which may be faster than the one that came out with the exit."""
-    machine = rig(RingTracker(256))
+    machine = rig(RingTracker(LEAST_RING))
     machine.tracker.arm(machine.vm)
     vcpu = machine.vcpus[0]
     for first in range(
@@ -207,7 +207,7 @@ def test_an_overflow_raises_and_the_guest_can_go_on(rig: MakeRig) -> None:
 
     A host that checks the limit at every exit loses nothing instead, and must report the exact set.
     """
-    tracker = RingTracker(256)
+    tracker = RingTracker(LEAST_RING)
     machine = rig(tracker)
     tracker.arm(machine.vm)
     pages = list(DATA) + list(DATA)[:50]
@@ -233,7 +233,7 @@ def test_an_overflow_raises_and_the_guest_can_go_on(rig: MakeRig) -> None:
 
 
 def test_stale_entries_are_dropped_and_counted(rig: MakeRig) -> None:
-    tracker = RingTracker(256)
+    tracker = RingTracker(LEAST_RING)
     machine = rig(tracker)
     with GuestMemory(64 * PAGE_SIZE) as first, GuestMemory(64 * PAGE_SIZE) as second:
         machine.slot.delete()
@@ -254,7 +254,7 @@ def test_stale_entries_are_dropped_and_counted(rig: MakeRig) -> None:
 
 
 def test_a_slot_made_under_an_old_id_does_not_inherit_its_entries(rig: MakeRig) -> None:
-    tracker = RingTracker(256)
+    tracker = RingTracker(LEAST_RING)
     machine = rig(tracker)
     with GuestMemory(16 * PAGE_SIZE) as first, GuestMemory(16 * PAGE_SIZE) as second:
         machine.slot.delete()
@@ -300,7 +300,7 @@ def test_a_ring_too_late_or_of_a_wrong_size(vm: KvmVm) -> None:
 def test_ring_without_prepare_is_refused(rig: MakeRig) -> None:
     machine = rig(make_tracker("bitmap"))
     with pytest.raises(UsageError, match="prepare"):
-        RingTracker(256).arm(machine.vm)
+        RingTracker(LEAST_RING).arm(machine.vm)
 
 
 @pytest.mark.parametrize(
