@@ -6,6 +6,7 @@ import math
 import struct
 from typing import Final
 
+from pykvm.errors import UsageError
 from pykvm.guest import catalog
 from pykvm.guest.boot import Arena, BootMode, SystemTables, boot_state
 from pykvm.guest.pagetables import USER, PageTables, PagingMode
@@ -21,6 +22,7 @@ from pykvm.guest.workload_config import (
 )
 from pykvm.machine import Machine
 from pykvm.memory import PAGE_SIZE, GuestMemory
+from pykvm.x86.cpuid import physical_address_bits
 
 # At CPL 0 some hosts emulate 1024 instructions before they look at the dirty ring, whose reserve is 64
 # entries (docs/reference/hosts.md D.7): with this many empty turns a visit's stores stay far enough apart.
@@ -28,7 +30,17 @@ _SAFE_THROTTLE: Final = 20
 
 
 def create_slots(machine: Machine, memory: GuestMemory) -> None:
-    """Show ``memory`` to the guest as a workload expects it: slot 0 at 0, above 3 GiB slot 1 at 4 GiB."""
+    """Show ``memory`` to the guest as a workload expects it: slot 0 at 0, above 3 GiB slot 1 at 4 GiB.
+
+    Raises UsageError for memory that ends beyond the guest's physical addresses (SDM vol. 3, 4.1.4).
+    """
+    end = memory.size if memory.size <= HOLE_START else memory.size + HOLE_END - HOLE_START
+    bits = physical_address_bits(machine.supported_cpuid)
+    if end > 1 << bits:
+        raise UsageError(
+            f"{memory.size >> 20} MiB of memory end beyond the {bits} physical address bits that this host "
+            f"gives a guest; take at most {(1 << bits) - (HOLE_END - HOLE_START) >> 20} MiB."
+        )
     machine.create_slot(memory, 0, size=min(memory.size, HOLE_START), slot_id=0)
     if memory.size > HOLE_START:
         machine.create_slot(memory, HOLE_END, memory_offset=HOLE_START, slot_id=1)

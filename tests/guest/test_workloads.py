@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from pykvm.errors import GuestError, KvmError, RingOverflowError, UsageError
 from pykvm.guest import catalog
 from pykvm.guest.protocol import Block
 from pykvm.guest.workloads import Layout, WorkloadConfig, WorkloadGuest, gpa_of
+from pykvm.kvm import KvmVm
 from pykvm.memory import PAGE_SIZE, GuestMemory
+from pykvm.x86.cpuid import physical_address_bits
 from tests.rings import LEAST_RING
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -416,6 +419,7 @@ def test_triple_fault_is_reported(system):
     "memory", [64 * GIB, pytest.param(1 << 40, marks=pytest.mark.slow)], ids=["64 GiB", "1 TiB"]
 )
 def test_large_sparse_memory_touches_a_thousand_scattered_pages(system, memory):
+    memory = min(memory, (1 << physical_address_bits(system.supported_cpuid)) - GIB)
     config = WorkloadConfig("stride", memory=memory, touch=1000 * PAGE_SIZE, passes=20)
     with WorkloadGuest.create(system, config) as guest:
         guest.runner.start()
@@ -431,6 +435,19 @@ def test_large_sparse_memory_touches_a_thousand_scattered_pages(system, memory):
             (0, 3 * GIB),
             (4 * GIB, memory - 3 * GIB),
         ]
+
+
+def test_memory_ends_where_the_physical_addresses_of_a_guest_do(system, monkeypatch):
+    """The hole below 4 GiB counts: 4 GiB of memory end at 5 GiB."""
+    config = WorkloadConfig("stride", memory=4 * GIB, touch=1000 * PAGE_SIZE)
+    for bits in (32, 33):
+        leaves = [replace(e, eax=bits) if e.function == 0x80000008 else e for e in system.supported_cpuid]
+        monkeypatch.setattr(KvmVm, "supported_cpuid", leaves)
+        if bits == 32:
+            with pytest.raises(UsageError, match=r"4096 MiB .* 32 physical .* at most 3072 MiB"):
+                WorkloadGuest.create(system, config)
+        else:
+            WorkloadGuest.create(system, config).close()
 
 
 def test_memory_above_the_hole_is_where_the_second_slot_says(system):
