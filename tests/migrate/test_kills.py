@@ -38,7 +38,7 @@ class Peer:
             stderr=subprocess.PIPE,
         )
         theirs.close()
-        self.channel = Channel(ours, timeout=10)
+        self.channel = Channel(ours, timeout=60)
         self._timer: threading.Timer | None = None
 
     def kill(self) -> bool:
