@@ -79,11 +79,16 @@ def test_a_cut_after_any_frame_of_the_source_before_the_hand_over_leaves_the_gue
     with running_guest() as guest:
         for count in range(1000):
             attempt = Attempt(guest, outward=cut_after_frames(count))
-            if FrameType.HANDOVER in types_of(attempt.sent):
+            passed = types_of(attempt.sent)
+            if FrameType.HANDOVER in passed:
                 break
             attempt.check(guest)
+            if isinstance(attempt.error, HandoverUnknownError):
+                # The last answer was faster than the cut: HANDOVER was sent, and lost on the way.
+                assert passed[-1] is FrameType.MACHINE_STATE
+                break
             assert attempt.here, f"cut after {count} frames"
-        assert count >= OUTWARD_FRAMES - 2
+        assert sum(kind is not FrameType.HANDOVER for kind in passed) >= OUTWARD_FRAMES - 3
         if attempt.received is not None:
             attempt.received.close()
 
