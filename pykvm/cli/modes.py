@@ -14,7 +14,8 @@ from typing import Any
 
 from pykvm.errors import KvmError
 from pykvm.guest.boot import Arena, BootMode, SystemTables, boot_state
-from pykvm.guest.pagetables import PageTables, PagingMode
+from pykvm.guest.launch import PAGING
+from pykvm.guest.pagetables import PageTables
 from pykvm.machine import Exit, IoOut, Kicked, Machine, Shutdown, System, Vcpu
 from pykvm.memory import GuestMemory
 
@@ -33,12 +34,6 @@ _EXITS = 50
 _REPEATS = 3
 _TIME_LIMIT = 2.0
 
-_PAGING = {
-    BootMode.PAGED32: PagingMode.LEGACY32,
-    BootMode.PAE: PagingMode.PAE,
-    BootMode.LONG: PagingMode.LONG4,
-    BootMode.LA57: PagingMode.LONG5,
-}
 
 MODES = (
     (BootMode.LONG, 3),
@@ -128,8 +123,8 @@ def _boot(machine: Machine, mode: BootMode, cpl: int) -> Vcpu:
     arena = Arena(_TABLES, _MEMORY)
     vcpu = machine.create_vcpu()
     cr3 = 0
-    if mode in _PAGING:
-        paging = PageTables(_PAGING[mode], memory, arena.take)
+    if mode in PAGING:
+        paging = PageTables(PAGING[mode], memory, arena.take)
         paging.map(0, 0, _MEMORY)
         cr3 = paging.cr3
         vcpu.set_cpuid(machine.supported_cpuid)

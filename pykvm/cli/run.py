@@ -14,10 +14,10 @@ from pykvm.backends import open_system
 from pykvm.cli.parameters import duration_type, number_type, size_type
 from pykvm.cli.session import Session, common_options
 from pykvm.errors import GuestTimeoutError, UsageError
-from pykvm.guest.boot import BootMode
 from pykvm.guest.devices import DeviceBus
 from pykvm.guest.images import FORMATS, Image, load_image
 from pykvm.guest.launch import BootExtras, LaunchedGuest, launch
+from pykvm.guest.modes import MODES
 from pykvm.guest.pc_devices import COM_PORTS, Cmos, DebugExit, DebugText, PostCode, Serial16550
 from pykvm.guest.protocol import DEBUG_TEXT_PORT
 from pykvm.kvm import KvmVm
@@ -26,15 +26,6 @@ from pykvm.memory import PAGE_SIZE
 from pykvm.report.text import bytes_text, plural, seconds_text
 from pykvm.track import TRACKERS, Tracker, make_tracker
 
-MODES = {
-    "real": BootMode.REAL,
-    "protected16": BootMode.PROTECTED16,
-    "protected32": BootMode.PROTECTED32,
-    "paged32": BootMode.PAGED32,
-    "pae": BootMode.PAE,
-    "long": BootMode.LONG,
-    "la57": BootMode.LA57,
-}
 _SERIAL_PORTS = 8
 _FIRST_EXITS_SHOWN = 10_000
 LARGEST_FILE = 1 << 30

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pykvm.errors import WireError
 from pykvm.migrate import wire
@@ -99,17 +100,18 @@ class Fields:
             )
 
 
-class Message:
+@dataclass(frozen=True)
+class Message(ABC):
     """Base of the messages that are one JSON object."""
 
-    frame: FrameType
+    frame: ClassVar[FrameType]
 
     def send(self, channel: Channel) -> None:
         """Send it as a frame of its type."""
         channel.send(self.frame, wire.pack_json(self.to_json()))
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)  # type: ignore[call-overload, no-any-return]
+        return asdict(self)
 
     @classmethod
     def parse(cls, head: bytes) -> Self:
@@ -120,8 +122,9 @@ class Message:
         return message
 
     @classmethod
+    @abstractmethod
     def _read(cls, fields: Fields) -> Self:
-        raise NotImplementedError
+        """The message from the members of its object.  Raises WireError."""
 
 
 @dataclass(frozen=True)
