@@ -167,6 +167,22 @@ class EmulationError(PykvmError):
     exit_status = 7
 
 
+class UnsupportedInstruction(EmulationError):
+    """The reference machine has no semantics for an instruction; it is never skipped.
+
+    ``address`` is linear, ``encoding`` the instruction's bytes, ``text`` its disassembly.
+    """
+
+    def __init__(self, address: int, encoding: bytes, text: str) -> None:
+        super().__init__(
+            f"The reference machine cannot execute '{text}' (bytes {encoding.hex(' ')}) at {address:#x}; "
+            "run this guest on a real KVM."
+        )
+        self.address = address
+        self.encoding = encoding
+        self.text = text
+
+
 # --- guests --------------------------------------------------------------------------------------
 
 

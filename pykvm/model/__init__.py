@@ -1,0 +1,1 @@
+"""The reference machine: an x86 in pure Python behind the interface of KVM."""

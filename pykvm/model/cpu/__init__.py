@@ -1,0 +1,1 @@
+"""The processor: instruction semantics on capstone's decoding, segmentation, exceptions, the run loop."""

@@ -1,0 +1,193 @@
+"""The processor: one instruction after another, with everything that may come between two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from pykvm.errors import UnsupportedInstruction
+from pykvm.machine.exits import Exit, InternalError, Shutdown
+from pykvm.model.bus import Bus
+from pykvm.model.cpu import decode, interrupts
+from pykvm.model.cpu.access import MemoryAccess
+from pykvm.model.cpu.faults import Fault, NeedInput, TripleFault
+from pykvm.model.cpu.instruction import Instruction
+from pykvm.model.paging import Access
+from pykvm.x86.bits import Rflags
+from pykvm.x86.cpuid import CpuidEntry
+
+_EMULATION: Final = 1  # KVM_INTERNAL_ERROR_EMULATION
+_SINGLE_STEP: Final = 1 << 14  # DR6.BS
+_BREAKPOINT_MASK: Final = 0xFF
+
+SHADOW_STI: Final = 1
+SHADOW_SS: Final = 2
+"""Interrupt shadows: after STI no interrupt, after MOV SS and POP SS no debug trap either (SDM vol. 3, 6.8.3)."""
+
+
+class Processor(MemoryAccess):
+    """An x86 processor on a bus.
+
+    ``run`` executes until the host must see something.  The plain interpreter here is the reference; what
+    makes it faster must behave exactly like it.
+    """
+
+    def __init__(self, bus: Bus, cpuid: Sequence[CpuidEntry]) -> None:
+        super().__init__(bus, cpuid)
+        self._decoders = {bits: decode.Decoder(bits, amd=self.features.amd) for bits in (16, 32, 64)}
+        self.instructions = 0
+        """How many instructions completed."""
+        self.halted = False
+        self.shut_down = False
+        self.shadow = 0
+        """The interrupt shadow over the coming instruction."""
+        self.next_shadow = 0
+        """Set by an instruction for the one after it."""
+        self.pending_debug = 0
+        """DR6 bits of debug traps to deliver before the coming instruction."""
+        self.pending_interrupt: int | None = None
+        """Vector of an external interrupt that waits for RFLAGS.IF."""
+        self.pending_nmi = False
+        self.nmi_masked = False
+        self._saved = self._snapshot()
+
+    # --- instructions ------------------------------------------------------------------------------------
+
+    def run(self, limit: int) -> Exit | None:
+        """Execute until an exit, or None after at most ``limit`` instructions."""
+        while not self.exits:
+            if limit <= 0:
+                return None
+            limit -= 1
+            if self.shut_down:
+                return Shutdown()
+            try:
+                self.step()
+            except NeedInput as question:
+                return question.exit
+        return self.exits.pop(0)
+
+    def step(self) -> None:
+        """One instruction, or the delivery of one event.
+
+        Raises NeedInput, having changed nothing, where the host must answer first.
+        """
+        try:
+            try:
+                if (self.pending_debug or self.pending_nmi or self.pending_interrupt is not None
+                        or self.dr7 & _BREAKPOINT_MASK):
+                    if interrupts.take_event(self):
+                        self.commit()
+                        return
+                self.execute(self.fetch())
+            except Fault as fault:
+                self.rollback()
+                interrupts.deliver_fault(self, fault)
+                self.commit()
+        except TripleFault:
+            self.discard()
+            self.shut_down = True
+            self.exits.append(Shutdown())
+
+    def execute(self, insn: Instruction) -> None:
+        """Carry out one instruction as a whole."""
+        trap = self.rflags & Rflags.TF
+        self.next_rip = self.rip + len(insn.encoding) & self.ip_mask
+        self._saved = self._snapshot()
+        self.next_shadow = 0
+        try:
+            insn.semantics.execute(self, insn)
+        except NeedInput:
+            self.rollback()
+            raise
+        self.commit()
+        if self.next_rip != self.rip:
+            self.rflags &= ~Rflags.RF
+        self.rip = self.next_rip
+        self.shadow = self.next_shadow
+        self.instructions += 1
+        if trap or self.debug_hits:
+            self.pending_debug |= self.debug_hits | (_SINGLE_STEP if trap else 0)
+            self.debug_hits = 0
+
+    def checkpoint(self) -> None:
+        """What the instruction did so far stays, whatever follows (the iterations of REP)."""
+        self.commit()
+        self._saved = self._snapshot()
+
+    def _snapshot(self) -> tuple[object, ...]:
+        return (
+            self.regs.copy(), self.rflags, self.segments.copy(), self.tr, self.ldt,
+        )  # fmt: skip
+
+    def rollback(self) -> None:
+        """Undo the current instruction back to its last checkpoint."""
+        self.discard()
+        self.debug_hits = 0
+        regs, self.rflags, segments, self.tr, self.ldt = self._saved  # type: ignore[assignment]
+        self.regs[:] = regs  # type: ignore[call-overload]
+        if segments != self.segments:
+            self.segments[:] = segments  # type: ignore[call-overload]
+        self.update_mode()
+
+    # --- fetching ----------------------------------------------------------------------------------------
+
+    def fetch(self) -> Instruction:
+        """The instruction at CS:RIP."""
+        decoder = self._decoders[self.bits]
+        rip = self.rip
+        _, first, last, _, _ = self.code_window
+        if not first <= rip <= last:
+            raise Fault.gp()
+        linear = self._linear_rip(rip)
+        code = self.fetch_bytes(linear, min(decode.MAX_LENGTH, 0x1000 - (linear & 0xFFF)))
+        try:
+            try:
+                insn = decoder.decode(code)
+            except decode.TruncatedError:
+                if len(code) == decode.MAX_LENGTH:
+                    raise Fault.gp() from None
+                if rip + len(code) > last:
+                    raise Fault.gp() from None
+                code += self.fetch_bytes(self._linear_rip(rip + len(code)), decode.MAX_LENGTH - len(code))
+                insn = decoder.decode(code)
+        except decode.TruncatedError:
+            raise Fault.gp() from None
+        except decode.TooLongError:
+            raise Fault.gp() from None
+        except decode.InvalidEncodingError:
+            raise Fault.ud() from None
+        except decode.UnknownInstructionError as unknown:
+            raise UnsupportedInstruction(linear, unknown.encoding, unknown.text) from None
+        if rip + insn.length - 1 > last:
+            raise Fault.gp()
+        return insn
+
+    def _linear_rip(self, rip: int) -> int:
+        address = self.code_window.base + rip
+        if not self.bits64:
+            return address & 0xFFFFFFFF
+        top = rip >> self.canonical_shift
+        if top and top != 0xFFFFFFFFFFFFFFFF >> self.canonical_shift:
+            raise Fault.gp()
+        return address
+
+    def fetch_bytes(self, linear: int, size: int) -> bytes:
+        """Instruction bytes within one page, translated as a fetch."""
+        page = self.translations.fetch.get(linear >> 12)
+        if page is None:
+            page = self._walk(linear, Access.FETCH)
+        ram = self.bus.ram(page >> 12)
+        if ram is None:
+            self.exits.append(InternalError(_EMULATION, ()))
+            raise NeedInput(self.exits.pop())
+        return bytes(ram[linear & 0xFFF : (linear & 0xFFF) + size])
+
+    # --- the bus's word ----------------------------------------------------------------------------------
+
+    def watched_frame_changed(self, gfn: int) -> None:
+        """The guest wrote to a page that holds page tables (or translated code): forget what came from it."""
+        self.flush_tlb()
+
+    def flush_writable(self) -> None:
+        """The dirty log was cleared, or slots changed: no page may be written without asking the bus again."""
