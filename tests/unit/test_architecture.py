@@ -23,6 +23,8 @@ ROOMS: dict[str, set[str]] = {
     "migrate": {"errors", "abi", "memory", "machine", "guest", "track"},
     "report": {"machine"},
     "backends": {"errors", "machine", "kvm", "model"},
+    "observe": {"errors", "x86", "abi"},
+    "crosscheck": {"errors", "x86", "memory", "machine", "guest", "track", "observe"},
 }
 """Every room and the rooms below it; ``cli`` stands on top and may import all of them."""
 
@@ -30,8 +32,9 @@ LIBRARIES = {
     "click": {"cli"},
     "rich": {"cli", "report"},
     "cffi": {"abi"},
-    "capstone": {"x86", "guest"},
-    "ptrace": set(),
+    "capstone": {"x86", "guest", "model"},
+    "ptrace": {"observe"},
+    "hypothesis": {"crosscheck"},
 }
 """Third-party libraries that belong to few rooms; numpy may be used everywhere."""
 

@@ -75,11 +75,7 @@ class MemoryAccess(State):
             if top != end or (top and top != 0xFFFFFFFFFFFFFFFF >> self.canonical_shift):
                 raise Fault.ss() if segment == SS else Fault.gp()
         else:
-            if (
-                not (writable if write else readable)
-                or offset < first
-                or offset + size - 1 > last
-            ):
+            if not (writable if write else readable) or offset < first or offset + size - 1 > last:
                 raise Fault.ss() if segment == SS else Fault.gp()
             address = base + offset & 0xFFFFFFFF
         if self.checks_alignment and size in {2, 4, 8} and address & size - 1:
@@ -179,7 +175,8 @@ class MemoryAccess(State):
         page = self.bus.ram(gpa >> 12)
         if page is None:
             return b"".join(
-                self._ask(MmioRead(gpa + at, min(size - at, _MMIO_BYTES))) for at in range(0, size, _MMIO_BYTES)
+                self._ask(MmioRead(gpa + at, min(size - at, _MMIO_BYTES)))
+                for at in range(0, size, _MMIO_BYTES)
             )
         data = bytes(page[gpa & _OFFSET : (gpa & _OFFSET) + size])
         for at, stored in self._queue:

@@ -170,7 +170,9 @@ class Decoder:
     ) -> Instruction:
         bits = self.bits
         wide = bits == 64 and bool(prefixes.rex & 8)
-        operand_size = 8 if wide else (2 if prefixes.operand else 4) if bits != 16 else 4 if prefixes.operand else 2
+        operand_size = (
+            8 if wide else (2 if prefixes.operand else 4) if bits != 16 else 4 if prefixes.operand else 2
+        )
         address_size = {64: (8, 4), 32: (4, 2), 16: (2, 4)}[bits][prefixes.address]
         body = encoding[prefixes.end :]
         opcode = corrections.opcode_bytes(body)
@@ -218,7 +220,9 @@ class Decoder:
         if operand.type == x86.X86_OP_REG:
             return REGISTERS[operand.reg]
         if operand.type == x86.X86_OP_IMM:
-            return Immediate(operand.imm - (found.size if corrections.is_relative(found) else 0), operand.size)
+            return Immediate(
+                operand.imm - (found.size if corrections.is_relative(found) else 0), operand.size
+            )
         memory = operand.mem
         base = -1 if memory.base == x86.X86_REG_INVALID else _ADDRESS_REGISTERS[memory.base]
         index = -1 if memory.index == x86.X86_REG_INVALID else _ADDRESS_REGISTERS[memory.index]
@@ -259,7 +263,9 @@ def _registers() -> dict[int, Operand]:
 REGISTERS: Final = _registers()
 """Operands by capstone's register number; shared, since they hold no state."""
 
-_SEGMENTS: Final = {number: each.index for number, each in REGISTERS.items() if isinstance(each, SegmentRegister)}
+_SEGMENTS: Final = {
+    number: each.index for number, each in REGISTERS.items() if isinstance(each, SegmentRegister)
+}
 _ADDRESS_REGISTERS: Final = {
     number: each.index for number, each in REGISTERS.items() if isinstance(each, Register) and each.size > 1
 } | {x86.X86_REG_RIP: Memory.RIP, x86.X86_REG_EIP: Memory.RIP, x86.X86_REG_RIZ: -1, x86.X86_REG_EIZ: -1}

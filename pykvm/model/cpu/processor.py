@@ -8,7 +8,7 @@ from typing import Final
 from pykvm.errors import UnsupportedInstruction
 from pykvm.machine.exits import Exit, InternalError, Shutdown
 from pykvm.model.bus import Bus
-from pykvm.model.cpu import decode, interrupts
+from pykvm.model.cpu import decode, instructions, interrupts
 from pykvm.model.cpu.access import MemoryAccess
 from pykvm.model.cpu.faults import Fault, NeedInput, TripleFault
 from pykvm.model.cpu.instruction import Instruction
@@ -16,6 +16,7 @@ from pykvm.model.paging import Access
 from pykvm.x86.bits import Rflags
 from pykvm.x86.cpuid import CpuidEntry
 
+_MODULES: Final = instructions  # their import has filled the table
 _EMULATION: Final = 1  # KVM_INTERNAL_ERROR_EMULATION
 _SINGLE_STEP: Final = 1 << 14  # DR6.BS
 _BREAKPOINT_MASK: Final = 0xFF
@@ -74,8 +75,12 @@ class Processor(MemoryAccess):
         """
         try:
             try:
-                if (self.pending_debug or self.pending_nmi or self.pending_interrupt is not None
-                        or self.dr7 & _BREAKPOINT_MASK):
+                if (
+                    self.pending_debug
+                    or self.pending_nmi
+                    or self.pending_interrupt is not None
+                    or self.dr7 & _BREAKPOINT_MASK
+                ):
                     if interrupts.take_event(self):
                         self.commit()
                         return

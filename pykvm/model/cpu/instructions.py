@@ -1,0 +1,1 @@
+"""All modules with semantics: importing this one fills the table."""
