@@ -60,11 +60,10 @@ def _is_near_branch(body: bytes) -> bool:
 def prefixes(found: Prefixes, code: bytes, bits: int, amd: bool) -> bytes:
     """The prefix bytes to show capstone."""
     body = code[found.end :]
-    if bits == 64 and body:
-        # Intel processors ignore the operand-size prefix of near branches in 64-bit mode (SDM vol. 2, JMP,
-        # CALL, RET, Jcc); AMD's use a 16-bit offset (APM vol. 3, "Near branches").
-        if found.operand and not found.rex & 8 and _is_near_branch(body) and not amd:
-            found.operand = False
+    # Intel processors ignore the operand-size prefix of near branches in 64-bit mode (SDM vol. 2, JMP, CALL,
+    # RET, Jcc); AMD's use a 16-bit offset (APM vol. 3, "Near branches").
+    if bits == 64 and not amd and body and found.operand and not found.rex & 8 and _is_near_branch(body):
+        found.operand = False
     return found.canonical()
 
 

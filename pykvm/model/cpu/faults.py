@@ -64,7 +64,7 @@ class Fault(Exception):
 
 
 class NeedInput(Exception):
-    """The instruction reads from the host: it is undone, ``exit`` asks, and after the reply it starts again."""
+    """The instruction needs the host: it is undone, ``exit`` asks, and after the reply it starts again."""
 
     def __init__(self, exit: Exit) -> None:
         super().__init__(exit)

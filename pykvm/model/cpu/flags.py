@@ -1,4 +1,4 @@
-"""Status flags of additions, subtractions and logic (SDM vol. 1, 3.4.3.1), for operands of 1, 2, 4 or 8 bytes.
+"""Status flags of arithmetic and logic (SDM vol. 1, 3.4.3.1), for operands of 1, 2, 4 or 8 bytes.
 
 Each function returns the result and the six status flags as RFLAGS bits.
 """

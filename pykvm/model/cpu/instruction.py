@@ -77,7 +77,10 @@ class HighByte(Operand):
 
 
 class Immediate(Operand):
-    """A constant, sign-extended to its size where the instruction says so; branch targets are offsets in CS."""
+    """A constant, sign-extended to its size where the instruction says so.
+
+    Of near branches it is the displacement, sign-extended to 8 bytes.
+    """
 
     __slots__ = ("value",)
 

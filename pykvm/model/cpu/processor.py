@@ -23,7 +23,7 @@ _BREAKPOINT_MASK: Final = 0xFF
 
 SHADOW_STI: Final = 1
 SHADOW_SS: Final = 2
-"""Interrupt shadows: after STI no interrupt, after MOV SS and POP SS no debug trap either (SDM vol. 3, 6.8.3)."""
+"""After STI no interrupt, after MOV SS and POP SS no debug trap either (SDM vol. 3, 6.8.3)."""
 
 
 class Processor(MemoryAccess):
@@ -80,10 +80,9 @@ class Processor(MemoryAccess):
                     or self.pending_nmi
                     or self.pending_interrupt is not None
                     or self.dr7 & _BREAKPOINT_MASK
-                ):
-                    if interrupts.take_event(self):
-                        self.commit()
-                        return
+                ) and interrupts.take_event(self):
+                    self.commit()
+                    return
                 self.execute(self.fetch())
             except Fault as fault:
                 self.rollback()
@@ -195,4 +194,4 @@ class Processor(MemoryAccess):
         self.flush_tlb()
 
     def flush_writable(self) -> None:
-        """The dirty log was cleared, or slots changed: no page may be written without asking the bus again."""
+        """The dirty log was cleared, or slots changed: ask the bus again before each write."""

@@ -1,9 +1,9 @@
 """The table from an instruction's name to what it does.
 
 A semantic function gets the processor and the decoded instruction, reads its operands, and writes results.
-It need not care about undoing: if anything in it raises a fault, general registers, flags and segment registers
-are put back and its stores never happen.  Everything else (control registers, MSRs, XMM, x87) it must
-change last, when nothing can fail any more.
+It need not care about undoing: if anything in it raises a fault, general registers, flags and segment
+registers are put back and its stores never happen.  Everything else (control registers, MSRs, XMM, x87) it
+must change last, when nothing can fail any more.
 """
 
 from __future__ import annotations

@@ -166,8 +166,14 @@ class State:
     def get_special_registers(self) -> SpecialRegisters:
         """KVM_GET_SREGS."""
         pae = self.cr0 & Cr0.PG and self.cr4 & Cr4.PAE and not self.long_mode
+        es, cs, ss, ds, fs, gs = self.segments
         return SpecialRegisters(
-            **dict(zip(SEGMENT_NAMES, self.segments, strict=True)),
+            es=es,
+            cs=cs,
+            ss=ss,
+            ds=ds,
+            fs=fs,
+            gs=gs,
             tr=self.tr,
             ldt=self.ldt,
             gdt=DescriptorTable(self.gdt.base, self.gdt.limit),
