@@ -15,7 +15,7 @@ from pykvm.machine import Exit, IoIn, IoOut, MmioRead, MmioWrite, Vcpu
 _PORTS = 1 << 16
 
 
-class GuestFinished(Exception):  # noqa: N818 - not an error: how a device ends the run
+class GuestFinished(Exception):
     """Raised by a device from its access methods: the guest is done, with this exit status."""
 
     def __init__(self, status: int) -> None:

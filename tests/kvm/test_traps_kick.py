@@ -261,7 +261,7 @@ def test_signals_to_the_vcpu_thread_never_look_like_a_kick(guest: Tiny) -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
-class Alarm(Exception):  # noqa: N818 - not an error
+class Alarm(Exception):
     """Raised by the handler below."""
 
 

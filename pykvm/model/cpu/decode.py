@@ -220,9 +220,12 @@ class Decoder:
         if operand.type == x86.X86_OP_REG:
             return REGISTERS[operand.reg]
         if operand.type == x86.X86_OP_IMM:
-            return Immediate(
-                operand.imm - (found.size if corrections.is_relative(found) else 0), operand.size
-            )
+            if corrections.is_relative(found):
+                # capstone gives the target of a branch at address 0, cut to the operand size.
+                bits = 8 * operand.size
+                displacement = (operand.imm - found.size + (1 << bits - 1)) % (1 << bits) - (1 << bits - 1)
+                return Immediate(displacement, 8)
+            return Immediate(operand.imm, operand.size)
         memory = operand.mem
         base = -1 if memory.base == x86.X86_REG_INVALID else _ADDRESS_REGISTERS[memory.base]
         index = -1 if memory.index == x86.X86_REG_INVALID else _ADDRESS_REGISTERS[memory.index]
