@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import capstone
 from capstone import x86
 
-from pykvm.model.cpu.instruction import Immediate, Operand
+from pykvm.model.cpu.instruction import Operand
 
 if TYPE_CHECKING:
     from pykvm.model.cpu.decode import Prefixes
@@ -72,8 +72,38 @@ def encoding(found: Prefixes, body: bytes, bits: int) -> bytes:
     return body
 
 
+_NAMES: Final = {
+    # string instructions, which capstone calls by their size and some by the name of an SSE instruction
+    b"\x6c": "ins", b"\x6d": "ins", b"\x6e": "outs", b"\x6f": "outs", b"\xa4": "movs", b"\xa5": "movs",
+    b"\xa6": "cmps", b"\xa7": "cmps", b"\xaa": "stos", b"\xab": "stos", b"\xac": "lods", b"\xad": "lods",
+    b"\xae": "scas", b"\xaf": "scas",
+    # instructions on segment, control and debug registers, which share a name with general ones
+    b"\x8c": "mov_sreg", b"\x8e": "mov_sreg", b"\x06": "push_sreg", b"\x0e": "push_sreg",
+    b"\x16": "push_sreg", b"\x1e": "push_sreg", b"\x0f\xa0": "push_sreg", b"\x0f\xa8": "push_sreg",
+    b"\x07": "pop_sreg", b"\x17": "pop_sreg", b"\x1f": "pop_sreg", b"\x0f\xa1": "pop_sreg",
+    b"\x0f\xa9": "pop_sreg", b"\x0f\x20": "mov_cr", b"\x0f\x22": "mov_cr", b"\x0f\x21": "mov_dr",
+    b"\x0f\x23": "mov_dr",
+    # one name for all operand sizes; the size is in ``operand_size``
+    b"\x60": "pusha", b"\x61": "popa", b"\x9c": "pushf", b"\x9d": "popf", b"\xcf": "iret",
+    b"\xe3": "jrcxz", b"\xd7": "xlat", b"\xa0": "mov", b"\xa1": "mov", b"\xa2": "mov", b"\xa3": "mov",
+}  # fmt: skip
+"""Names by opcode, where capstone's names do not tell instructions apart or tell too many apart."""
+
+_NAMES_BY_EXTENSION: Final = {
+    (b"\xff", 3): "lcall",
+    (b"\xff", 5): "ljmp",
+    (b"\xc0", 6): "shl",
+    (b"\xc1", 6): "shl",
+    (b"\xd0", 6): "shl",
+    (b"\xd1", 6): "shl",
+    (b"\xd2", 6): "shl",
+    (b"\xd3", 6): "shl",
+}
+"""The same by opcode and the reg field of ModR/M: far forms, and the second encoding of SHL."""
+
+
 def correct(draft: Draft) -> None:
     """Put right what capstone made of the encoding."""
-    for operand in draft.operands:
-        if isinstance(operand, Immediate):
-            pass
+    draft.name = _NAMES.get(draft.opcode, draft.name)
+    if draft.modrm is not None:
+        draft.name = _NAMES_BY_EXTENSION.get((draft.opcode, draft.modrm >> 3 & 7), draft.name)
