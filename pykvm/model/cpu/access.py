@@ -248,6 +248,7 @@ class MemoryAccess(State):
             physical_bits=features.physical_bits,
             pages_1g=features.pages_1g,
             pse36=features.pse36,
+            amd=features.amd,
         )
 
     def _walk(self, address: int, access: Access, system: bool = False) -> int:
