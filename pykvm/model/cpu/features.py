@@ -19,22 +19,30 @@ _BITS = {
     "sep": (1, 0, "edx", 11),
     "pge": (1, 0, "edx", 13),
     "pse36": (1, 0, "edx", 17),
+    "mmx": (1, 0, "edx", 23),
+    "fxsr": (1, 0, "edx", 24),
+    "sse": (1, 0, "edx", 25),
+    "sse2": (1, 0, "edx", 26),
     "sse3": (1, 0, "ecx", 0),
     "pclmulqdq": (1, 0, "ecx", 1),
+    "monitor": (1, 0, "ecx", 3),
     "ssse3": (1, 0, "ecx", 9),
     "cx16": (1, 0, "ecx", 13),
     "pcid": (1, 0, "ecx", 17),
     "sse41": (1, 0, "ecx", 19),
     "sse42": (1, 0, "ecx", 20),
+    "x2apic": (1, 0, "ecx", 21),
     "movbe": (1, 0, "ecx", 22),
     "popcnt": (1, 0, "ecx", 23),
     "xsave": (1, 0, "ecx", 26),
     "rdrand": (1, 0, "ecx", 30),
     "fsgsbase": (7, 0, "ebx", 0),
+    "tsc_adjust": (7, 0, "ebx", 1),
     "bmi1": (7, 0, "ebx", 3),
     "smep": (7, 0, "ebx", 7),
     "bmi2": (7, 0, "ebx", 8),
     "invpcid": (7, 0, "ebx", 10),
+    "rdseed": (7, 0, "ebx", 18),
     "adx": (7, 0, "ebx", 19),
     "smap": (7, 0, "ebx", 20),
     "umip": (7, 0, "ecx", 2),
@@ -42,6 +50,7 @@ _BITS = {
     "la57": (7, 0, "ecx", 16),
     "rdpid": (7, 0, "ecx", 22),
     "pks": (7, 0, "ecx", 31),
+    "spec_ctrl": (7, 0, "edx", 26),
     "xsaveopt": (0xD, 1, "eax", 0),
     "xsavec": (0xD, 1, "eax", 1),
     "xgetbv1": (0xD, 1, "eax", 2),
@@ -68,22 +77,30 @@ class Features:
     sep: bool
     pge: bool
     pse36: bool
+    mmx: bool
+    fxsr: bool
+    sse: bool
+    sse2: bool
     sse3: bool
     pclmulqdq: bool
+    monitor: bool
     ssse3: bool
     cx16: bool
     pcid: bool
     sse41: bool
     sse42: bool
+    x2apic: bool
     movbe: bool
     popcnt: bool
     xsave: bool
     rdrand: bool
     fsgsbase: bool
+    tsc_adjust: bool
     bmi1: bool
     smep: bool
     bmi2: bool
     invpcid: bool
+    rdseed: bool
     adx: bool
     smap: bool
     umip: bool
@@ -91,6 +108,7 @@ class Features:
     la57: bool
     rdpid: bool
     pks: bool
+    spec_ctrl: bool
     xsaveopt: bool
     xsavec: bool
     xgetbv1: bool
@@ -119,3 +137,8 @@ class Features:
             physical_bits=physical_address_bits(leaves),
             **{name: has(*where) for name, where in _BITS.items()},
         )
+
+    @property
+    def tsc_aux(self) -> bool:
+        """Whether IA32_TSC_AUX exists: RDTSCP or RDPID reads it."""
+        return self.rdtscp or self.rdpid

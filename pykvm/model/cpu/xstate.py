@@ -1,0 +1,61 @@
+"""State components of XSAVE: which there are and where they lie (SDM vol. 1, 13.1 to 13.4)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from pykvm.x86.cpuid import find
+
+if TYPE_CHECKING:
+    from pykvm.model.cpu.processor import Processor
+
+X87: Final = 1 << 0
+SSE: Final = 1 << 1
+PKRU: Final = 1 << 9
+IMPLEMENTED: Final = X87 | SSE | PKRU
+"""The components this processor has; CPUID may offer fewer."""
+LEGACY_AND_HEADER: Final = 576
+PKRU_NUMBER: Final = 9
+
+
+def supported_xcr0(cpu: Processor) -> int:
+    """The bits XSETBV takes: leaf 0xD, EDX:EAX, as far as they are implemented."""
+    leaf = find(cpu.cpuid, 0xD)
+    return (leaf.edx << 32 | leaf.eax) & IMPLEMENTED if leaf else 0
+
+
+def placement(cpu: Processor, number: int) -> tuple[int, int]:
+    """Offset in the standard format and size of an extended component (leaf 0xD, its subleaf)."""
+    leaf = find(cpu.cpuid, 0xD, number)
+    return (leaf.ebx, leaf.eax) if leaf else (0, 0)
+
+
+def _extended(cpu: Processor, mask: int) -> list[int]:
+    return [number for number in range(2, 63) if mask >> number & 1]
+
+
+def standard_size(cpu: Processor, mask: int) -> int:
+    """Bytes of a standard area for these components."""
+    ends = [sum(placement(cpu, number)) for number in _extended(cpu, mask)]
+    return max([LEGACY_AND_HEADER, *ends])
+
+
+def compacted_offset(cpu: Processor, mask: int, number: int) -> int:
+    """Where an extended component lies in the compacted area of ``mask`` (SDM vol. 1, 13.4.3)."""
+    offset = LEGACY_AND_HEADER
+    for each in _extended(cpu, mask):
+        leaf = find(cpu.cpuid, 0xD, each)
+        if leaf and leaf.ecx & 2:
+            offset = offset + 63 & -64
+        if each == number:
+            break
+        offset += placement(cpu, each)[1]
+    return offset
+
+
+def compacted_size(cpu: Processor, mask: int) -> int:
+    """Bytes of a compacted area for these components."""
+    numbers = _extended(cpu, mask)
+    if not numbers:
+        return LEGACY_AND_HEADER
+    return compacted_offset(cpu, mask, numbers[-1]) + placement(cpu, numbers[-1])[1]
