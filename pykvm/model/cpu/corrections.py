@@ -89,6 +89,20 @@ _NAMES: Final = {
 }  # fmt: skip
 """Names by opcode, where capstone's names do not tell instructions apart or tell too many apart."""
 
+_DEFAULT_64: Final = frozenset(
+    [bytes([byte]) for byte in (*range(0x50, 0x60), 0x68, 0x6A, *range(0x70, 0x80), 0x8F, 0x9C, 0x9D)]
+    + [bytes([byte]) for byte in (0xC2, 0xC3, 0xC8, 0xC9, *range(0xE0, 0xE4), 0xE8, 0xE9, 0xEB)]
+    + [bytes([0x0F, byte]) for byte in (*range(0x80, 0x90), 0xA0, 0xA1, 0xA8, 0xA9)]
+)
+"""Opcodes with an operand size of 64 bits in 64-bit mode without REX.W: near branches, and all that use the
+stack but far transfers (SDM vol. 1, 6.2.5; vol. 2, table A-1, superscripts d64 and f64)."""
+
+
+def _defaults_to_64(draft: Draft) -> bool:
+    group5 = draft.opcode == b"\xff" and draft.modrm is not None and draft.modrm >> 3 & 7 in {2, 4, 6}
+    return group5 or draft.opcode in _DEFAULT_64
+
+
 _NAMES_BY_EXTENSION: Final = {
     (b"\xff", 3): "lcall",
     (b"\xff", 5): "ljmp",
@@ -105,5 +119,8 @@ _NAMES_BY_EXTENSION: Final = {
 def correct(draft: Draft) -> None:
     """Put right what capstone made of the encoding."""
     draft.name = _NAMES.get(draft.opcode, draft.name)
+    if draft.bits == 64 and _defaults_to_64(draft):
+        short = draft.prefixes.operand and not draft.prefixes.rex & 8
+        draft.operand_size = 2 if short else 8
     if draft.modrm is not None:
         draft.name = _NAMES_BY_EXTENSION.get((draft.opcode, draft.modrm >> 3 & 7), draft.name)

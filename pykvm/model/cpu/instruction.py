@@ -122,6 +122,18 @@ class Memory(Operand):
             address += cpu.regs[self.index] * self.scale
         return address & self.mask
 
+    def moved(self, distance: int) -> Memory:
+        """The same ``distance`` bytes further on: bit strings."""
+        return Memory(
+            self.base,
+            self.index,
+            self.scale,
+            self.displacement + distance,
+            self.segment,
+            self.mask,
+            self.size,
+        )
+
     def read(self, cpu: Processor) -> int:
         return cpu.load(self.segment, self.offset(cpu), self.size)
 
