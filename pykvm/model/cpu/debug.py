@@ -51,11 +51,11 @@ def mov_dr(cpu: Processor, insn: Instruction) -> None:
     number = register.index
     if number >= 8:
         raise Fault.ud()
+    require_cpl0(cpu)
     if number in {4, 5}:
         if cpu.cr4 & Cr4.DE:
             raise Fault.ud()
         number += 2
-    require_cpl0(cpu)
     if cpu.dr7 & _DR7_GD:
         raise Fault(Vector.DB, dr6=_DR6_BD)
     if register is target:

@@ -11,7 +11,7 @@ from pykvm.model.cpu.flags import CF, STATUS
 from pykvm.model.cpu.instruction import FS, GS, RAX, RCX, RDX
 from pykvm.model.cpu.msrs import GS_BASE, KERNEL_GS_BASE, TSC_AUX, read_msr, read_tsc, write_base
 from pykvm.model.cpu.semantics import semantics
-from pykvm.model.cpu.xstate import PKRU, SSE, X87, supported_xcr0
+from pykvm.model.cpu.xstate import X87, in_use, supported_xcr0
 from pykvm.x86.bits import Cr4, Rflags
 
 if TYPE_CHECKING:
@@ -116,19 +116,6 @@ def xsetbv(cpu: Processor, insn: Instruction) -> None:
     if cpu.regs[RCX] & _M32 or not value & X87 or value & ~supported_xcr0(cpu):
         raise Fault.gp()
     cpu.xcr0 = value
-
-
-def in_use(cpu: Processor) -> int:
-    """XINUSE: the components that are not in their initial state (SDM vol. 1, 13.6).
-
-    Processors may report more; MXCSR does not count.
-    """
-    x87 = cpu.x87
-    initial = (
-        x87.control == 0x37F and x87.tags == 0xFFFF and not x87.status and not any(x87.registers)
-        and not x87.opcode and not x87.instruction_pointer and not x87.data_pointer
-    )  # fmt: skip
-    return (0 if initial else X87) | (SSE if any(cpu.xmm) else 0) | (PKRU if cpu.pkru else 0)
 
 
 # --- segment bases ----------------------------------------------------------------------------------------

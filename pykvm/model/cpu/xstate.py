@@ -16,6 +16,9 @@ IMPLEMENTED: Final = X87 | SSE | PKRU
 """The components this processor has; CPUID may offer fewer."""
 LEGACY_AND_HEADER: Final = 576
 PKRU_NUMBER: Final = 9
+MXCSR_DEFAULT: Final = 0x1F80
+MXCSR_MASK: Final = 0xFFFF
+"""The bits of MXCSR that may be set (SDM vol. 1, 11.6.6)."""
 
 
 def supported_xcr0(cpu: Processor) -> int:
@@ -59,3 +62,16 @@ def compacted_size(cpu: Processor, mask: int) -> int:
     if not numbers:
         return LEGACY_AND_HEADER
     return compacted_offset(cpu, mask, numbers[-1]) + placement(cpu, numbers[-1])[1]
+
+
+def in_use(cpu: Processor) -> int:
+    """XINUSE: the components that are not in their initial state (SDM vol. 1, 13.6).
+
+    Processors may report more; MXCSR does not count.
+    """
+    x87 = cpu.x87
+    initial = (
+        x87.control == 0x37F and x87.tags == 0xFFFF and not x87.status and not any(x87.registers)
+        and not x87.opcode and not x87.instruction_pointer and not x87.data_pointer
+    )  # fmt: skip
+    return (0 if initial else X87) | (SSE if any(cpu.xmm) else 0) | (PKRU if cpu.pkru else 0)
