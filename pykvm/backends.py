@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pykvm.errors import BackendError, HostError, KvmError, UsageError
+from pykvm.errors import HostError, KvmError, UsageError
 from pykvm.kvm import KvmSystem
 from pykvm.machine import System
+from pykvm.model.system import ModelSystem
 
 BACKENDS = ("auto", "kvm", "model")
 
@@ -12,20 +13,29 @@ BACKENDS = ("auto", "kvm", "model")
 def open_system(backend: str = "auto", *, device: str = "/dev/kvm") -> System:
     """The system behind ``backend``: ``kvm``, ``model``, or ``auto`` (kvm where it can create a VM).
 
-    ``device`` is the KVM device node.  Raises DeviceMissingError, DevicePermissionError, BackendError,
-    and UsageError for another name.
+    ``device`` is the KVM device node.  ``description`` of what comes back tells which it is, and why.
+    Raises DeviceMissingError and DevicePermissionError for ``kvm``, UsageError for another name.
     """
     if backend == "kvm":
         return KvmSystem(device)
     if backend == "model":
-        raise BackendError("The reference machine is not part of this version; use --backend kvm.")
+        return ModelSystem()
     if backend != "auto":
         raise UsageError(f"Backend {backend!r} does not exist; use one of: {', '.join(BACKENDS)}.")
+    try:
+        return _usable_kvm(device)
+    except (HostError, KvmError) as error:
+        model = ModelSystem()
+        model.description += f" (chosen since there is no usable KVM: {error})"
+        return model
+
+
+def _usable_kvm(device: str) -> System:
     system = KvmSystem(device)
     try:
         system.create_machine().close()
-    except KvmError as error:
+    except BaseException:
         system.close()
-        raise HostError(f"{device} cannot create a VM: {error}") from error
+        raise
     system.description += " (chosen because it can create a VM)"
     return system

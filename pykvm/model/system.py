@@ -1,0 +1,50 @@
+"""Where machines of the model come from."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from pykvm.errors import ClosedError
+from pykvm.model.cpu.cpuid_table import supported_cpuid
+from pykvm.model.machine import ModelMachine
+
+if TYPE_CHECKING:
+    from pykvm.x86.cpuid import CpuidEntry
+
+
+class ModelSystem:
+    """A source of machines that need no /dev/kvm; see pykvm.machine.System.
+
+    ``seed`` decides how the vCPUs of a machine take turns.
+    """
+
+    backend = "model"
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self.description = "reference machine in pure Python"
+        self._closed = False
+
+    @property
+    def supported_cpuid(self) -> tuple[CpuidEntry, ...]:
+        """The leaves of the reference processor."""
+        return supported_cpuid()
+
+    def create_machine(self) -> ModelMachine:
+        """A fresh machine without memory and vCPUs.  Raises ClosedError."""
+        if self._closed:
+            raise ClosedError("The system is closed; open a new one.")
+        return ModelMachine(self.supported_cpuid, self.seed)
+
+    def close(self) -> None:
+        """No further machines; those that exist go on."""
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
