@@ -20,6 +20,8 @@ _MODULES: Final = instructions  # their import has filled the table
 _EMULATION: Final = 1  # KVM_INTERNAL_ERROR_EMULATION
 _SINGLE_STEP: Final = 1 << 14  # DR6.BS
 _BREAKPOINT_MASK: Final = 0xFF
+_TF: Final = int(Rflags.TF)
+_RF: Final = int(Rflags.RF)
 
 SHADOW_STI: Final = 1
 SHADOW_SS: Final = 2
@@ -50,6 +52,14 @@ class Processor(MemoryAccess):
         """Vector of an external interrupt that waits for RFLAGS.IF."""
         self.pending_nmi = False
         self.nmi_masked = False
+        self.injected_exception: Fault | None = None
+        """An exception to deliver next, from the host (KVM_SET_VCPU_EVENTS)."""
+        self.injected_interrupt: int | None = None
+        """Vector of an interrupt that was accepted already: delivered next, whatever RFLAGS.IF says."""
+        self.single_step = False
+        """A #DB trap follows this instruction; those that load or clear TF say otherwise."""
+        self.next_rf = 0
+        """RFLAGS.RF after this instruction: IRET and task switches load it (SDM vol. 3, 18.3.1.1)."""
         self._saved = self._snapshot()
 
     # --- instructions ------------------------------------------------------------------------------------
@@ -75,44 +85,67 @@ class Processor(MemoryAccess):
         """
         try:
             try:
-                if (
-                    self.pending_debug
-                    or self.pending_nmi
-                    or self.pending_interrupt is not None
-                    or self.dr7 & _BREAKPOINT_MASK
-                ) and interrupts.take_event(self):
-                    self.commit()
+                if self._event_waits() and interrupts.take_event(self):
                     return
-                self.execute(self.fetch())
+                insn = self.fetch()
+            except Fault as fault:
+                interrupts.deliver_fault(self, fault)
+                return
+            try:
+                self.execute(insn)
             except Fault as fault:
                 self.rollback()
+                self.replies.clear()
                 interrupts.deliver_fault(self, fault)
-                self.commit()
         except TripleFault:
             self.discard()
             self.shut_down = True
             self.exits.append(Shutdown())
 
+    def _event_waits(self) -> bool:
+        """Whether take_event must look."""
+        return bool(
+            self.pending_debug
+            or self.pending_nmi
+            or self.pending_interrupt is not None
+            or self.injected_exception is not None
+            or self.injected_interrupt is not None
+            or self.dr7 & _BREAKPOINT_MASK
+        )
+
     def execute(self, insn: Instruction) -> None:
         """Carry out one instruction as a whole."""
-        trap = self.rflags & Rflags.TF
+        self.single_step = bool(self.rflags & _TF)
         self.next_rip = self.rip + len(insn.encoding) & self.ip_mask
         self._saved = self._snapshot()
-        self.next_shadow = 0
+        self.next_shadow = self.next_rf = 0
         try:
             insn.semantics.execute(self, insn)
         except NeedInput:
             self.rollback()
             raise
         self.commit()
-        if self.next_rip != self.rip:
-            self.rflags &= ~Rflags.RF
+        if self.rflags & _RF and not (insn.rep and self.next_rip == self.rip):
+            self.rflags = self.rflags & ~_RF | self.next_rf
         self.rip = self.next_rip
         self.shadow = self.next_shadow
         self.instructions += 1
-        if trap or self.debug_hits:
-            self.pending_debug |= self.debug_hits | (_SINGLE_STEP if trap else 0)
+        if self.single_step or self.debug_hits:
+            self.pending_debug |= self.debug_hits | (_SINGLE_STEP if self.single_step else 0)
             self.debug_hits = 0
+
+    def begin(self) -> None:
+        """Start something that can be rolled back: the delivery of an event."""
+        self._saved = self._snapshot()
+
+    def finish(self) -> None:
+        """An event was delivered: its handler comes next."""
+        self.commit()
+        self.rip = self.next_rip
+        self.shadow = 0
+        self.halted = False
+        self.pending_debug |= self.debug_hits
+        self.debug_hits = 0
 
     def checkpoint(self) -> None:
         """What the instruction did so far stays, whatever follows (the iterations of REP)."""

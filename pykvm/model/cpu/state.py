@@ -132,6 +132,11 @@ class State:
             first, last = segment.limit + 1, 0xFFFFFFFF if segment.db else 0xFFFF
         return Window(segment.base, first, last, permitted or not code, permitted and not code)
 
+    def is_canonical(self, address: int) -> bool:
+        """Whether the upper bits repeat the top bit of the address (SDM vol. 1, 3.3.7.1)."""
+        top = address >> self.canonical_shift
+        return not top or top == _TOP >> self.canonical_shift
+
     @property
     def code_window(self) -> Window:
         """CS for fetches."""
