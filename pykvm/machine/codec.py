@@ -72,6 +72,54 @@ def octets(least: int, most: int) -> Decoder[bytes]:
     return decode
 
 
+def boolean(value: object, path: str) -> bool:
+    """true or false."""
+    if type(value) is not bool:
+        raise UsageError(f"{path} must be true or false, not {_kind(value)}.")
+    return value
+
+
+def text(most: int) -> Decoder[str]:
+    """A string of at most ``most`` characters."""
+
+    def decode(value: object, path: str) -> str:
+        if type(value) is not str:
+            raise UsageError(f"{path} must be a string, not {_kind(value)}.")
+        if len(value) > most:
+            raise UsageError(f"{path} must have at most {most} characters.")
+        return value
+
+    return decode
+
+
+def choice(*names: str) -> Decoder[str]:
+    """One of these strings."""
+
+    def decode(value: object, path: str) -> str:
+        if type(value) is not str:
+            raise UsageError(f"{path} must be a string, not {_kind(value)}.")
+        if value not in names:
+            raise UsageError(f"{path} must be one of {', '.join(names)}, not {value[:40]!r}.")
+        return value
+
+    return decode
+
+
+def tagged(tag: str, kinds: Mapping[str, Decoder[T]]) -> Decoder[T]:
+    """An object whose member ``tag`` says which of ``kinds`` its other members are for."""
+    name = choice(*kinds)
+
+    def decode(value: object, path: str) -> T:
+        if type(value) is not dict:
+            raise UsageError(f"{path} must be an object, not {_kind(value)}.")
+        if tag not in value:
+            raise UsageError(f"{path}.{tag} is missing.")
+        rest = {key: member for key, member in value.items() if key != tag}
+        return kinds[name(value[tag], f"{path}.{tag}")](rest, path)
+
+    return decode
+
+
 def sequence(item: Decoder[T], most: int, least: int = 0) -> Decoder[tuple[T, ...]]:
     """A list of ``least`` to ``most`` items."""
 

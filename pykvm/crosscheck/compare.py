@@ -1,0 +1,232 @@
+"""Do two machines agree about a scenario?  The first difference, in words.
+
+Levels: L0 safe (every page that changed is reported), L1 set (the reported sets are equal), L4 state
+(exits, registers, memory and refusals are identical).  L2 (order of ring entries) and L3 (counters) need
+KVM's own MMU in the model and are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from itertools import zip_longest
+from typing import Final
+
+from pykvm.crosscheck.loss import first_loss
+from pykvm.crosscheck.rules import comparable, excusing
+from pykvm.crosscheck.steps import describe
+from pykvm.crosscheck.trace import StepTrace, Trace
+from pykvm.errors import UsageError
+from pykvm.machine import InternalError
+from pykvm.memory import PAGE_SIZE
+
+_EMULATION: Final = 1
+"""The suberror of KVM_EXIT_INTERNAL_ERROR for an instruction that KVM's emulator lacks."""
+
+
+class Level(Enum):
+    """What agreeing means."""
+
+    L0 = "L0"
+    L1 = "L1"
+    L2 = "L2"
+    L3 = "L3"
+    L4 = "L4"
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """The traces agree about ``steps`` steps; ``note`` says why not about more, if there are more."""
+
+    steps: int
+    note: str = ""
+
+    def __str__(self) -> str:
+        text = f"Both machines agree about {self.steps} steps"
+        return f"{text}; {self.note}." if self.note else f"{text}."
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The first difference: at ``step`` the machines named in ``machines`` showed ``values`` of ``what``."""
+
+    level: Level
+    step: int
+    action: str
+    what: str
+    machines: tuple[str, str]
+    values: tuple[str, str]
+    rule: str
+    file: str = "FILE"
+
+    @property
+    def command(self) -> str:
+        """The command that shows it again."""
+        return f"pykvm replay {self.file}"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.level.value}, step {self.step} ({self.action}): {self.what}: "
+            f"{self.machines[0]} has {self.values[0]}, {self.machines[1]} has {self.values[1]}. "
+            f"Rule: {self.rule}. Replay: {self.command}"
+        )
+
+
+Result = Agreement | Difference
+
+
+def compare(first: Trace, second: Trace, level: Level) -> Result:
+    """Whether two traces of one scenario agree at ``level``, or the first difference.
+
+    Raises UsageError for traces of different scenarios, and for L2 and L3.
+    """
+    if level in {Level.L2, Level.L3}:
+        raise UsageError(
+            f"Level {level.value} needs a model of KVM's own MMU, which this version does not have; "
+            "use L0, L1 or L4."
+        )
+    if first.scenario != second.scenario:
+        raise UsageError("The traces are of different scenarios; run one scenario on both machines.")
+    common, note = _comparable_steps(first, second)
+    compared = {Level.L0: _compare_losses, Level.L1: _compare_sets, Level.L4: _compare_states}[level]
+    for difference in compared(first, second, common):
+        return difference
+    return Agreement(common, note)
+
+
+def _difference(
+    level: Level, traces: tuple[Trace, Trace], number: int, what: str, values: tuple[str, str], rule: str
+) -> Difference:
+    first, second = traces
+    step = first.steps[number]
+    return Difference(
+        level, step.number, describe(step.step), what, (first.backend, second.backend), values, rule
+    )
+
+
+def _comparable_steps(first: Trace, second: Trace) -> tuple[int, str]:
+    """How many steps can be compared, and what ends it, if anything does."""
+    for number, pair in enumerate(zip(first.steps, second.steps, strict=False)):
+        for trace, step in zip((first, second), pair, strict=True):
+            if step.impossible:
+                return number, f"step {number} is not possible on {trace.backend}: {step.impossible}"
+            for reason in step.exits:
+                if isinstance(reason, InternalError) and reason.suberror == _EMULATION:
+                    return number, f"in step {number} {trace.backend} gave up: {reason}"
+        if pair[0].overdue and pair[1].overdue:
+            return number, f"step {number} was out of time on both machines"
+    return min(len(first.steps), len(second.steps)), ""
+
+
+# --- L0 ------------------------------------------------------------------------------------------
+
+
+def _compare_losses(first: Trace, second: Trace, common: int) -> Iterator[Difference]:
+    for trace, witness in ((first, first), (second, second), (first, second), (second, first)):
+        loss = first_loss(trace, witness)
+        if loss is None or loss.missed >= common:
+            continue
+        changed = describe(witness.steps[loss.changed].step)
+        step = trace.steps[loss.missed]
+        yield Difference(
+            Level.L0,
+            step.number,
+            describe(step.step),
+            f"gfn {loss.gfn:#x} of slot {loss.slot}",
+            (witness.backend, f"the log of {trace.backend}"),
+            (f"a change of its contents in step {loss.changed} ({changed})", "no mark for it"),
+            "api.rst 4.8: a page written since the last call is in the log",
+        )
+
+
+# --- L1 ------------------------------------------------------------------------------------------
+
+
+def _compare_sets(first: Trace, second: Trace, common: int) -> Iterator[Difference]:
+    slots = first.start
+    for number, (one, other) in enumerate(zip(first.steps[:common], second.steps[:common], strict=True)):
+        yield from _compare_refusals(Level.L1, first, second, number)
+        if one.dirty is not None and other.dirty is not None:
+            bases = {slot.slot: slot.gpa // PAGE_SIZE for slot in slots}
+            for here, more, less in ((0, one.dirty, other.dirty), (1, other.dirty, one.dirty)):
+                reporter = (first, second)[here]
+                for slot, gfn in more - less:
+                    page = gfn - bases[slot]
+                    allowed = reporter.backend != "model" and excusing(
+                        first.scenario.surplus, slot, page, number
+                    )
+                    if allowed:
+                        continue
+                    values = ("reported", "not reported")
+                    yield _difference(
+                        Level.L1,
+                        (first, second),
+                        number,
+                        f"gfn {gfn:#x} of slot {slot}",
+                        (values[here], values[1 - here]),
+                        "hosts.md B.0 and E: what marks a page; no rule of the scenario excuses this one",
+                    )
+        slots = one.slots
+
+
+# --- L4 ------------------------------------------------------------------------------------------
+
+
+def _compare_states(first: Trace, second: Trace, common: int) -> Iterator[Difference]:
+    for number in range(common):
+        yield from _compare_refusals(Level.L4, first, second, number)
+        one, other = first.steps[number], second.steps[number]
+        for what, values, rule in _state_differences(one, other):
+            yield _difference(Level.L4, (first, second), number, what, values, rule)
+
+
+def _compare_refusals(level: Level, first: Trace, second: Trace, number: int) -> Iterator[Difference]:
+    one, other = first.steps[number], second.steps[number]
+    if one.refused != other.refused:
+        values = [f"{step.refused} ({step.message})" if step.refused else "no error" for step in (one, other)]
+        rule = "api.rst: what an ioctl refuses"
+        yield _difference(level, (first, second), number, "outcome", (values[0], values[1]), rule)
+    if one.overdue != other.overdue:
+        values = ["out of time" if step.overdue else "in time" for step in (one, other)]
+        rule = "a step ends within the time limit"
+        yield _difference(level, (first, second), number, "end", (values[0], values[1]), rule)
+
+
+def _state_differences(one: StepTrace, other: StepTrace) -> Iterator[tuple[str, tuple[str, str], str]]:
+    for index, (a, b) in enumerate(zip_longest(one.exits, other.exits)):
+        if a != b:
+            yield f"exit {index}", (str(a or "none"), str(b or "none")), "hosts.md C.3: exits of a guest"
+    for number, views in enumerate(zip(one.vcpus, other.vcpus, strict=True)):
+        left, right = (comparable(view) for view in views)
+        for name in (*left, *right):
+            if left.get(name) != right.get(name):
+                yield f"{name} of vCPU {number}", (_hex(left.get(name)), _hex(right.get(name))), "SDM vol. 2"
+    for page in sorted({*one.changed, *other.changed}):
+        contents = one.changed.get(page), other.changed.get(page)
+        if contents[0] != contents[1]:
+            what, values = _memory_difference(page, *contents)
+            yield what, values, "SDM vol. 2, and vol. 3, 4.8 for accessed and dirty bits"
+
+
+def _hex(value: int | None) -> str:
+    return "an unusable segment" if value is None else f"{value:#x}"
+
+
+def _memory_difference(
+    page: tuple[int, int], one: bytes | None, other: bytes | None
+) -> tuple[str, tuple[str, str]]:
+    memory, number = page
+    if one is None or other is None:
+        values = [f"{_first_bytes(data)}" if data else "no change" for data in (one, other)]
+        return f"page {number:#x} of memory {memory}", (values[0], values[1])
+    at = next(i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b) & ~7
+    return (
+        f"memory {memory} at {number * PAGE_SIZE + at:#x}",
+        (one[at : at + 8].hex(" "), other[at : at + 8].hex(" ")),
+    )
+
+
+def _first_bytes(data: bytes) -> str:
+    at = next((i for i, byte in enumerate(data) if byte), 0) & ~7
+    return f"a change, with {data[at : at + 8].hex(' ')} at its byte {at:#x}"

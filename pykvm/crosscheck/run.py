@@ -1,0 +1,285 @@
+"""Running a scenario on a machine: a trace that says after each step what can be seen of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from pykvm.crosscheck import steps as plan
+from pykvm.crosscheck.abilities import Debuggable, can_single_step
+from pykvm.crosscheck.rig import Rig
+from pykvm.crosscheck.scenario import CodeGuest, Scenario
+from pykvm.crosscheck.steps import SlotPlan, Step
+from pykvm.crosscheck.trace import Page, StepTrace, Trace, VcpuView
+from pykvm.errors import PykvmError
+from pykvm.machine import (
+    DebugStop,
+    DirtyPages,
+    DirtyRingFull,
+    Exit,
+    IoIn,
+    IoOut,
+    MmioRead,
+    MmioWrite,
+    RingHarvest,
+    SlotFlags,
+    System,
+    Vcpu,
+)
+from pykvm.memory import PAGE_SIZE
+
+TIME_LIMIT: Final = 10.0
+"""Seconds that a scenario may take by default."""
+_KICK_SECONDS: Final = 0.05
+_WORD_BITS: Final = 64
+_PASSING: Final = (IoOut, MmioWrite)
+"""Exits after which a guest goes on by itself."""
+
+
+def run(scenario: Scenario, system: System, *, seconds: float = TIME_LIMIT) -> Trace:
+    """Run ``scenario`` on a fresh machine of ``system``.
+
+    What the machine refuses becomes part of the trace.  After ``seconds`` the vCPUs are kicked and the trace
+    ends.  Raises UsageError for a guest that cannot be built, HostError and KvmError for a machine that
+    cannot be made.
+    """
+    with Rig(scenario, system) as rig:
+        return _Run(scenario, rig, system).run(seconds)
+
+
+class _Run:
+    """One run; what the step at hand did is gathered in the attributes."""
+
+    def __init__(self, scenario: Scenario, rig: Rig, system: System) -> None:
+        self._scenario = scenario
+        self._rig = rig
+        self._system = system
+        self._overdue = False
+        self._before = [memory.view().copy() for memory in rig.memories]
+        self._taken = DirtyPages()
+        """What was harvested because a ring was full, for the next Harvest."""
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        self._exits: list[Exit] = []
+        self._impossible = ""
+        self._dirty: DirtyPages | None = None
+        self._ring: list[tuple[int, int, int]] = []
+        self._statistics: dict[str, int] = {}
+
+    def run(self, seconds: float) -> Trace:
+        start = self._slots()
+        done = []
+        with self._watchdog(seconds):
+            for number, step in enumerate(self._scenario.steps):
+                done.append(self._step(number, step))
+                if done[-1].ends:
+                    break
+        return Trace(self._rig.machine.backend, self._scenario, start, tuple(done))
+
+    @contextmanager
+    def _watchdog(self, seconds: float) -> Iterator[None]:
+        """Kick the vCPUs, again and again, once the time is over."""
+        finished = threading.Event()
+
+        def watch() -> None:
+            if finished.wait(seconds):
+                return
+            self._overdue = True
+            while not finished.wait(_KICK_SECONDS):
+                for vcpu in self._rig.machine.vcpus:
+                    with suppress(PykvmError):
+                        vcpu.kick(wait=0)
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            finished.set()
+            thread.join()
+
+    def _step(self, number: int, step: Step) -> StepTrace:
+        self._begin_step()
+        refused = message = ""
+        try:
+            _DO[type(step)](self, step)
+        except PykvmError as error:
+            refused, message = type(error).__name__, str(error)
+        return StepTrace(
+            number=number,
+            step=step,
+            exits=tuple(self._exits),
+            refused=refused,
+            message=message,
+            impossible=self._impossible,
+            overdue=self._overdue,
+            dirty=self._dirty,
+            ring=tuple(self._ring),
+            vcpus=tuple(
+                VcpuView(vcpu.get_registers(), vcpu.get_special_registers())
+                for vcpu in self._rig.machine.vcpus
+            ),
+            changed=self._changes(),
+            slots=self._slots(),
+            statistics=self._statistics,
+        )
+
+    # --- looking ---------------------------------------------------------------------------------
+
+    def _changes(self) -> dict[Page, bytes]:
+        """The pages that differ from the last look, with their contents."""
+        found = {}
+        for number, memory in enumerate(self._rig.memories):
+            now, old = memory.view(), self._before[number]
+            differ = (now.view(np.uint64) != old.view(np.uint64)).reshape(-1, PAGE_SIZE // 8).any(axis=1)
+            for page in np.flatnonzero(differ).tolist():
+                part = slice(page * PAGE_SIZE, (page + 1) * PAGE_SIZE)
+                old[part] = now[part]
+                found[number, page] = bytes(old[part])
+        return found
+
+    def _slots(self) -> tuple[SlotPlan, ...]:
+        return tuple(
+            SlotPlan(
+                slot.id,
+                slot.gpa,
+                self._rig.memory_number(slot.memory),
+                slot.memory_offset,
+                slot.size,
+                slot.flags,
+            )
+            for _, slot in sorted(self._rig.machine.slots.items())
+        )
+
+    # --- running the guest -----------------------------------------------------------------------
+
+    def _vcpu(self, number: int) -> Vcpu:
+        return self._rig.machine.vcpus[number]
+
+    def _next_exit(self, vcpu: Vcpu) -> Exit:
+        """The next exit but DirtyRingFull, for which the rings are harvested."""
+        while True:
+            reason = vcpu.run()
+            if isinstance(reason, DirtyRingFull) and not self._overdue:
+                self._note(self._rig.machine.collect_rings())
+                continue
+            return reason
+
+    def _note(self, harvest: RingHarvest) -> None:
+        for entries in harvest.entries:
+            pairs = zip(entries.slots.tolist(), entries.offsets.tolist(), strict=True)
+            self._ring += [(entries.vcpu, slot, offset) for slot, offset in pairs]
+        self._taken |= harvest.pages
+
+    def _do_run(self, step: plan.Run) -> None:
+        vcpu = self._vcpu(step.vcpu)
+        while len(self._exits) < step.exits:
+            reason = self._next_exit(vcpu)
+            self._exits.append(reason)
+            if isinstance(reason, IoIn | MmioRead) and step.fill is not None:
+                vcpu.reply(bytes([step.fill]) * reason.size * getattr(reason, "repeat", 1))
+            elif not isinstance(reason, _PASSING):
+                return
+            if self._overdue:
+                return
+
+    def _do_single_step(self, step: plan.SingleStep) -> None:
+        vcpu = self._vcpu(step.vcpu)
+        cpl = vcpu.get_special_registers().ss.dpl
+        guest = self._scenario.guest
+        mode = guest.vcpus[step.vcpu].mode if isinstance(guest, CodeGuest) else "long"
+        if not isinstance(vcpu, Debuggable) or not can_single_step(self._system, mode, cpl):
+            self._impossible = f"this machine cannot stop after each instruction in mode {mode} at CPL {cpl}"
+            return
+        vcpu.set_guest_debug(single_step=True)
+        try:
+            for _ in range(step.instructions):
+                self._exits.append(self._next_exit(vcpu))
+                if not isinstance(self._exits[-1], DebugStop):
+                    return
+        finally:
+            vcpu.clear_guest_debug()
+
+    def _do_answer(self, step: plan.Answer) -> None:
+        self._vcpu(step.vcpu).reply(step.data)
+
+    def _do_set_registers(self, step: plan.SetRegisters) -> None:
+        self._vcpu(step.vcpu).set_registers(step.registers)
+
+    # --- the log ---------------------------------------------------------------------------------
+
+    def _do_logging(self, step: plan.Logging) -> None:
+        slot = self._rig.slots[step.slot]
+        flag = SlotFlags.LOG_DIRTY_PAGES
+        slot.set_flags(slot.flags | flag if step.on else slot.flags & ~flag)
+
+    def _do_collect(self, step: plan.Collect) -> None:
+        slot = self._rig.slots[step.slot]
+        self._dirty = DirtyPages({slot.id: self._rig.machine.get_dirty_log(slot)})
+
+    def _do_clear(self, step: plan.Clear) -> None:
+        words = -(-step.pages // _WORD_BITS)
+        marks = b"\xff" * (8 * words) if step.marks is None else step.marks.ljust(8 * words, b"\0")
+        bitmap: npt.NDArray[np.uint64] = np.frombuffer(marks, dtype=np.uint64, count=words)
+        self._rig.machine.clear_dirty_log(self._rig.slots[step.slot], step.first_page, step.pages, bitmap)
+
+    def _do_harvest(self, step: plan.Harvest) -> None:
+        self._note(self._rig.machine.collect_rings())
+        self._dirty, self._taken = self._taken, DirtyPages()
+
+    # --- the host --------------------------------------------------------------------------------
+
+    def _do_host_write(self, step: plan.HostWrite) -> None:
+        self._rig.memories[step.memory].write(step.offset, step.data)
+
+    def _do_add_slot(self, step: plan.AddSlot) -> None:
+        self._rig.add_slot(step.plan)
+
+    def _do_move_slot(self, step: plan.MoveSlot) -> None:
+        self._rig.slots[step.slot].move(step.gpa)
+
+    def _do_delete_slot(self, step: plan.DeleteSlot) -> None:
+        self._rig.slots[step.slot].delete()
+
+    def _do_reflag_slot(self, step: plan.ReflagSlot) -> None:
+        self._rig.slots[step.slot].set_flags(step.flags)
+
+    def _do_statistics(self, step: plan.ReadStatistics) -> None:
+        machine = self._rig.machine
+        for prefix, statistics in (
+            ("machine", machine.statistics()),
+            *((f"vcpu{vcpu.id}", vcpu.statistics()) for vcpu in machine.vcpus),
+        ):
+            self._statistics |= {f"{prefix}.{name}": statistics.value(name) for name in statistics}
+
+    def _do_save_load(self, step: plan.SaveLoad) -> None:
+        if step.fresh:
+            self._rig.move()
+            self._taken = DirtyPages()
+        else:
+            self._rig.reload()
+
+
+_DO: Final[dict[type[Any], Callable[[_Run, Any], None]]] = {
+    plan.Run: _Run._do_run,
+    plan.SingleStep: _Run._do_single_step,
+    plan.Answer: _Run._do_answer,
+    plan.SetRegisters: _Run._do_set_registers,
+    plan.Logging: _Run._do_logging,
+    plan.Collect: _Run._do_collect,
+    plan.Clear: _Run._do_clear,
+    plan.Harvest: _Run._do_harvest,
+    plan.HostWrite: _Run._do_host_write,
+    plan.AddSlot: _Run._do_add_slot,
+    plan.MoveSlot: _Run._do_move_slot,
+    plan.DeleteSlot: _Run._do_delete_slot,
+    plan.ReflagSlot: _Run._do_reflag_slot,
+    plan.ReadStatistics: _Run._do_statistics,
+    plan.SaveLoad: _Run._do_save_load,
+}
