@@ -32,8 +32,7 @@ from pykvm.model.rings import DirtyRing
 from pykvm.model.statistics import COUNTED_EXITS, vcpu_statistics
 from pykvm.model.vcpu_bus import VcpuBus
 from pykvm.model.vcpu_debug import VcpuDebug
-from pykvm.model.vcpu_events import VcpuEventState
-from pykvm.model.vcpu_registers import VcpuRegisters
+from pykvm.model.vcpu_snapshot import VcpuSnapshot
 from pykvm.x86.bits import Rflags
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ _POLL_SECONDS: Final = 20e-6
 _NOT_ANSWERED_SOON: Final = (Kicked, Halted, Shutdown, DebugStop)
 
 
-class ModelVcpu(VcpuRegisters, VcpuEventState, VcpuDebug):
+class ModelVcpu(VcpuSnapshot, VcpuDebug):
     """A vCPU of a model machine; see pykvm.machine.Vcpu."""
 
     def __init__(self, machine: ModelMachine, vcpu_id: int, ring: DirtyRing | None) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from pykvm.errors import UsageError
 from pykvm.machine.exits import DebugStop, Exit
 from pykvm.model import paging
 from pykvm.model.cpu.faults import Fault, NeedInput
 from pykvm.model.cpu.processor import Processor
 from pykvm.model.paging import Access
-from pykvm.model.vcpu_registers import VcpuPart
+from pykvm.model.vcpu_registers import VcpuPart, check_width
 from pykvm.x86.bits import Cr0
 from pykvm.x86.breakpoints import BreakKind, Breakpoint, encode_dr7
 from pykvm.x86.exceptions import Vector
@@ -116,10 +115,7 @@ class VcpuDebug(VcpuPart):
 
         As a supervisor read through the tables as they are now, setting accessed bits.
         """
-        if not 0 <= linear < 1 << 64:
-            raise UsageError(
-                f"linear_address cannot be {linear!r}: it does not fit the field's type and width."
-            )
+        check_width("linear_address", linear, 64)
         with self.use("KVM_TRANSLATE") as cpu, self.vm.schedule.visit():
             if not cpu.cr0 & Cr0.PG:
                 return linear

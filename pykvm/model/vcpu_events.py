@@ -10,7 +10,7 @@ from pykvm.errors import KvmError, UsageError
 from pykvm.machine.state import DebugRegisters, VcpuEvents
 from pykvm.model.cpu.faults import Fault
 from pykvm.model.cpu.processor import SHADOW_SS, SHADOW_STI
-from pykvm.model.vcpu_registers import VcpuPart
+from pykvm.model.vcpu_registers import VcpuPart, check_width
 from pykvm.x86.exceptions import Vector
 
 _WIDE: Final = {"exception_error_code": 32, "exception_payload": 64, "sipi_vector": 32, "flags": 32}
@@ -30,7 +30,7 @@ class VcpuEventState(VcpuPart):
         It is delivered when RFLAGS.IF allows; ask with ``request_interrupt_window`` for that moment, since
         a second one takes the place of one not yet delivered.  Raises KvmError (EINVAL) above 255.
         """
-        _check_width("irq", vector, 32)
+        check_width("irq", vector, 32)
         if vector > 255:
             raise KvmError(errno.EINVAL, "KVM_INTERRUPT", f"{vector} is no vector; use 0 to 255.")
         with self.use("KVM_INTERRUPT") as cpu:
@@ -85,7 +85,7 @@ class VcpuEventState(VcpuPart):
         for fields that contradict each other.
         """
         for field in fields(VcpuEvents):
-            _check_width(field.name, getattr(value, field.name), _WIDE.get(field.name, 8))
+            check_width(field.name, getattr(value, field.name), _WIDE.get(field.name, 8))
         smm = value.smi_smm or value.smi_pending or value.smi_smm_inside_nmi
         exception = value.exception_injected or value.exception_pending
         if (
@@ -128,7 +128,7 @@ class VcpuEventState(VcpuPart):
         if len(value.db) != 4:
             raise UsageError("There are four debug registers of addresses, DR0 to DR3.")
         for name, number in (*(("db", each) for each in value.db), ("dr6", value.dr6), ("dr7", value.dr7)):
-            _check_width(name, number, 64)
+            check_width(name, number, 64)
         if value.dr6 >> 32 or value.dr7 >> 32 or value.flags:
             raise KvmError(
                 errno.EINVAL, "KVM_SET_DEBUGREGS", "DR6 and DR7 have 32 bits, and the flags are reserved (0)."
@@ -136,8 +136,3 @@ class VcpuEventState(VcpuPart):
         with self.use("KVM_SET_DEBUGREGS") as cpu:
             cpu.dr = list(value.db)
             cpu.dr6, cpu.dr7 = value.dr6, value.dr7
-
-
-def _check_width(name: str, value: int, bits: int) -> None:
-    if not isinstance(value, int) or not 0 <= value < 1 << bits:
-        raise UsageError(f"{name} cannot be {value!r}: it does not fit the field's type and width.")

@@ -157,11 +157,7 @@ class VcpuRegisters(VcpuPart):
             raise UsageError(f"{len(entries)} CPUID leaves are too many; KVM takes at most 256.")
         for entry in entries:
             for name in ("function", "index", "flags", "eax", "ebx", "ecx", "edx"):
-                if not 0 <= getattr(entry, name) < 1 << 32:
-                    raise UsageError(
-                        f"{name} cannot be {getattr(entry, name)!r}: it does not fit the field's type and "
-                        "width."
-                    )
+                check_width(name, getattr(entry, name), 32)
         with self.use("KVM_SET_CPUID2") as cpu:
             if self.entries and tuple(entries) != cpu.cpuid:
                 raise KvmError(
@@ -217,6 +213,12 @@ class VcpuRegisters(VcpuPart):
                         f"the value {value:#x} has reserved bits, or the model or the guest lacks the "
                         f"register; {done} of {len(values)} were set before it.",
                     ) from None
+
+
+def check_width(name: str, value: int, bits: int) -> None:
+    """Raises UsageError, naming the field, for a value that it cannot hold."""
+    if not isinstance(value, int) or not 0 <= value < 1 << bits:
+        raise UsageError(f"{name} cannot be {value!r}: it does not fit the field's type and width.")
 
 
 def set_cpuid(cpu: Processor, entries: Sequence[CpuidEntry]) -> None:
