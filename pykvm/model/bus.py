@@ -26,4 +26,5 @@ class Bus(Protocol):
         happens in a READONLY slot (docs/reference/kvm-mmu.md, 13.3)."""
 
     def watch(self, gfn: int) -> None:
-        """Have every processor's ``watched_frame_changed`` called when the guest writes to the frame."""
+        """Have every processor's ``watched_frame_changed`` called when the guest writes to the frame.  A frame
+        that is watched anew takes its view back: every processor's ``flush_writable`` is called."""

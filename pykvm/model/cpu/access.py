@@ -15,6 +15,7 @@ from pykvm.model.bus import Bus
 from pykvm.model.cpu.faults import Fault, NeedInput
 from pykvm.model.cpu.instruction import RSP, SS
 from pykvm.model.cpu.state import State
+from pykvm.model.cpu.translator.views import Views
 from pykvm.model.paging import Access
 from pykvm.x86.bits import Cr0, Cr4, Rflags
 from pykvm.x86.cpuid import CpuidEntry
@@ -32,12 +33,14 @@ Tlb = dict[int, int]
 class Translations:
     """Cached walks of one kind of access context (user or supervisor, RFLAGS.AC)."""
 
-    __slots__ = ("fetch", "read", "write")
+    __slots__ = ("fetch", "read", "views", "write")
 
     def __init__(self) -> None:
         self.read: Tlb = {}
         self.write: Tlb = {}
         self.fetch: Tlb = {}
+        self.views: Views | None = None
+        """The pages behind them, as translated code sees them."""
 
 
 class MemoryAccess(State):
@@ -59,6 +62,7 @@ class MemoryAccess(State):
         self._queue: list[tuple[int, bytes]] = []
         self._translations: dict[int, Translations] = {}
         self._system = Translations()
+        self._tables: set[int] = set()
         self.debug_hits = 0
         """DR6 bits 3:0 of data breakpoints that the instruction hit."""
 
@@ -277,19 +281,38 @@ class MemoryAccess(State):
         page = self.bus.ram(gpa >> 12)
         if page is None:
             return None
-        self.bus.watch(gpa >> 12)
+        frame = gpa >> 12
+        if frame not in self._tables:
+            self._tables.add(frame)
+            self.bus.watch(frame)
+            self.epoch += 1
         return int.from_bytes(page[gpa & _OFFSET : (gpa & _OFFSET) + size], "little")
+
+    def holds_tables(self, frame: int) -> bool:
+        """Whether walks that are remembered read the frame."""
+        return frame in self._tables
+
+    def flush_writable(self) -> None:
+        """The dirty log was cleared, or slots changed: ask the bus again before each write."""
+        for cache in self._translations.values():
+            if cache.views is not None:
+                cache.views.clear()
 
     def flush_tlb(self) -> None:
         """Drop all translations."""
         self._translations.clear()
         self._system = Translations()
+        self._tables.clear()
+        self.epoch += 1
 
     def flush_page(self, address: int) -> None:
         """INVLPG: drop the translations of one linear page."""
         for cache in (*self._translations.values(), self._system):
             for table in (cache.read, cache.write, cache.fetch):
                 table.pop(address >> 12, None)
+            if cache.views is not None:
+                cache.views.drop(address >> 12)
+        self.epoch += 1
 
     def load_pdptrs(self) -> tuple[int, int, int, int]:
         """The PDPTE registers as CR3 asks for; #GP(0) for reserved bits (SDM vol. 3, 4.4.1)."""

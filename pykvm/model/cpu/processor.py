@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Final
 
@@ -12,6 +13,7 @@ from pykvm.model.cpu import decode, instructions, interrupts
 from pykvm.model.cpu.access import MemoryAccess
 from pykvm.model.cpu.faults import Fault, NeedInput, TripleFault
 from pykvm.model.cpu.instruction import Instruction
+from pykvm.model.cpu.translator.core import Translator
 from pykvm.model.paging import Access
 from pykvm.x86.bits import Rflags
 from pykvm.x86.cpuid import CpuidEntry
@@ -22,6 +24,7 @@ _SINGLE_STEP: Final = 1 << 14  # DR6.BS
 _BREAKPOINT_MASK: Final = 0xFF
 _TF: Final = int(Rflags.TF)
 _RF: Final = int(Rflags.RF)
+_STEPPING: Final = _TF | _RF
 
 SHADOW_STI: Final = 1
 SHADOW_SS: Final = 2
@@ -31,15 +34,17 @@ SHADOW_SS: Final = 2
 class Processor(MemoryAccess):
     """An x86 processor on a bus.
 
-    ``run`` executes until the host must see something.  The plain interpreter here is the reference; what
-    makes it faster must behave exactly like it.
+    ``run`` executes until the host must see something.  The plain interpreter here is the reference; with
+    ``translate`` hot code runs as Python functions, which behave exactly like it.
     """
 
-    def __init__(self, bus: Bus, cpuid: Sequence[CpuidEntry]) -> None:
+    def __init__(self, bus: Bus, cpuid: Sequence[CpuidEntry], *, translate: bool = True) -> None:
         super().__init__(bus, cpuid)
         self._decoders = {bits: decode.Decoder(bits, amd=self.features.amd) for bits in (16, 32, 64)}
         self.instructions = 0
         """How many instructions completed."""
+        self.translated = 0
+        """How many of them as translated code."""
         self.halted = False
         self.shut_down = False
         self.shadow = 0
@@ -61,17 +66,22 @@ class Processor(MemoryAccess):
         self.next_rf = 0
         """RFLAGS.RF after this instruction: IRET and task switches load it (SDM vol. 3, 18.3.1.1)."""
         self._saved = self._snapshot()
+        self._translator = Translator(self) if translate and sys.byteorder == "little" else None
 
     # --- instructions ------------------------------------------------------------------------------------
 
     def run(self, limit: int) -> Exit | None:
         """Execute until an exit, or None after at most ``limit`` instructions."""
+        self.epoch += 1  # the host may have written to memory since
+        translator = self._translator
         while not self.exits:
+            if self.shut_down:
+                return Shutdown() if limit > 0 else None
+            if translator is not None and self._undisturbed():
+                limit -= translator.run(limit)
             if limit <= 0:
                 return None
             limit -= 1
-            if self.shut_down:
-                return Shutdown()
             try:
                 self.step()
             except NeedInput as question:
@@ -111,6 +121,16 @@ class Processor(MemoryAccess):
             or self.injected_exception is not None
             or self.injected_interrupt is not None
             or self.dr7 & _BREAKPOINT_MASK
+        )
+
+    def _undisturbed(self) -> bool:
+        """Whether nothing comes between instructions or looks at each single one."""
+        return not (
+            self.rflags & _STEPPING
+            or self.shadow
+            or self.replies
+            or self.checks_alignment
+            or self._event_waits()
         )
 
     def execute(self, insn: Instruction) -> None:
@@ -169,9 +189,14 @@ class Processor(MemoryAccess):
 
     # --- fetching ----------------------------------------------------------------------------------------
 
+    @property
+    def decoder(self) -> decode.Decoder:
+        """The one for the present code size."""
+        return self._decoders[self.bits]
+
     def fetch(self) -> Instruction:
         """The instruction at CS:RIP."""
-        decoder = self._decoders[self.bits]
+        decoder = self.decoder
         rip = self.rip
         _, first, last, _, _ = self.code_window
         if not first <= rip <= last:
@@ -223,8 +248,7 @@ class Processor(MemoryAccess):
     # --- the bus's word ----------------------------------------------------------------------------------
 
     def watched_frame_changed(self, gfn: int) -> None:
-        """The guest wrote to a page that holds page tables (or translated code): forget what came from it."""
-        self.flush_tlb()
-
-    def flush_writable(self) -> None:
-        """The dirty log was cleared, or slots changed: ask the bus again before each write."""
+        """The guest wrote to a page that holds page tables or translated code: forget what came from it."""
+        self.epoch += 1
+        if self.holds_tables(gfn):
+            self.flush_tlb()

@@ -6,7 +6,7 @@ The count is taken modulo 32, of 8-byte operands modulo 64; a count of zero chan
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pykvm.model.cpu import flags
 from pykvm.model.cpu.flags import AF, CF, MASK, OF, SIGN, STATUS
@@ -139,6 +139,12 @@ semantics("rol", undefined=_undefined_after_rotate)(_rotate_with(_rol))
 semantics("ror", undefined=_undefined_after_rotate)(_rotate_with(_ror))
 semantics("rcl", undefined=_undefined_after_rotate)(_rotate_with(_rcl))
 semantics("rcr", undefined=_undefined_after_rotate)(_rotate_with(_rcr))
+
+
+SHIFTS: Final[dict[str, Shift]] = {
+    "shl": _shl, "sal": _shl, "shr": _shr, "sar": _sar, "rol": _rol, "ror": _ror, "rcl": _rcl, "rcr": _rcr,
+}  # fmt: skip
+"""By name, for the translator."""
 
 
 # --- double shifts ---------------------------------------------------------------------------------------

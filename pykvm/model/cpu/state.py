@@ -81,6 +81,8 @@ class State:
         self.mxcsr = 0x1F80
         self.tsc_offset = 0
         self.windows: list[Window] = []
+        self.epoch = 0
+        """Counts what may make translated code invalid: changes of mode, segments, translations, memory."""
         self.update_mode()
 
     # --- what follows from the registers -----------------------------------------------------------
@@ -101,6 +103,7 @@ class State:
         self.canonical_shift = 56 if self.cr4 & Cr4.LA57 else 47
         self.checks_alignment = bool(self.cpl == 3 and self.cr0 & Cr0.AM and self.rflags & Rflags.AC)
         self.windows = [self._window(number) for number in range(6)]
+        self.epoch += 1
 
     def set_segment(self, number: int, segment: Segment) -> None:
         """Replace a segment register with its hidden part; of CS and SS, the mode follows."""
@@ -109,6 +112,7 @@ class State:
             self.update_mode()
         else:
             self.windows[number] = self._window(number)
+            self.epoch += 1
 
     def set_rflags(self, value: int) -> None:
         """Replace RFLAGS, system flags included; bit 1 stays set."""
