@@ -7,18 +7,18 @@ KVM's own MMU in the model and are refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from itertools import zip_longest
 from typing import Final
 
 from pykvm.crosscheck.loss import first_loss
-from pykvm.crosscheck.rules import comparable, excusing
+from pykvm.crosscheck.rules import comparable, excusing, may_stand
 from pykvm.crosscheck.steps import describe
 from pykvm.crosscheck.trace import StepTrace, Trace
 from pykvm.errors import UsageError
-from pykvm.machine import InternalError
+from pykvm.machine import Exit, InternalError
 from pykvm.memory import PAGE_SIZE
 
 _EMULATION: Final = 1
@@ -174,10 +174,14 @@ def _compare_sets(first: Trace, second: Trace, common: int) -> Iterator[Differen
 
 
 def _compare_states(first: Trace, second: Trace, common: int) -> Iterator[Difference]:
+    last: dict[int, Exit] = {}
+    """Of each vCPU, its last exit."""
     for number in range(common):
         yield from _compare_refusals(Level.L4, first, second, number)
         one, other = first.steps[number], second.steps[number]
-        for what, values, rule in _state_differences(one, other):
+        if one.exits:
+            last[getattr(one.step, "vcpu", 0)] = one.exits[-1]
+        for what, values, rule in _state_differences(one, other, last):
             yield _difference(Level.L4, (first, second), number, what, values, rule)
 
 
@@ -193,12 +197,16 @@ def _compare_refusals(level: Level, first: Trace, second: Trace, number: int) ->
         yield _difference(level, (first, second), number, "end", (values[0], values[1]), rule)
 
 
-def _state_differences(one: StepTrace, other: StepTrace) -> Iterator[tuple[str, tuple[str, str], str]]:
+def _state_differences(
+    one: StepTrace, other: StepTrace, last: Mapping[int, Exit]
+) -> Iterator[tuple[str, tuple[str, str], str]]:
     for index, (a, b) in enumerate(zip_longest(one.exits, other.exits)):
         if a != b:
             yield f"exit {index}", (str(a or "none"), str(b or "none")), "hosts.md C.3: exits of a guest"
     for number, views in enumerate(zip(one.vcpus, other.vcpus, strict=True)):
         left, right = (comparable(view) for view in views)
+        if may_stand(last.get(number), views[0].registers, views[1].registers):
+            left["rip"] = right["rip"]
         for name in (*left, *right):
             if left.get(name) != right.get(name):
                 yield f"{name} of vCPU {number}", (_hex(left.get(name)), _hex(right.get(name))), "SDM vol. 2"

@@ -179,14 +179,14 @@ class _Run:
 
     def _do_run(self, step: plan.Run) -> None:
         vcpu = self._vcpu(step.vcpu)
-        while len(self._exits) < step.exits:
+        waits = False
+        while (waits or len(self._exits) < step.exits) and not self._overdue:
             reason = self._next_exit(vcpu)
             self._exits.append(reason)
+            waits = isinstance(reason, IoIn | MmioRead)
             if isinstance(reason, IoIn | MmioRead) and step.fill is not None:
                 vcpu.reply(bytes([step.fill]) * reason.size * getattr(reason, "repeat", 1))
             elif not isinstance(reason, _PASSING):
-                return
-            if self._overdue:
                 return
 
     def _do_single_step(self, step: plan.SingleStep) -> None:

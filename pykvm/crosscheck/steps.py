@@ -44,7 +44,8 @@ class SlotPlan:
 class Run:
     """Run a vCPU to its ``exits``-th exit, or to an earlier one after which it cannot go on by itself.
 
-    ``fill``: the byte of which answers to IoIn and MmioRead consist on the way; None: they end the step.
+    ``fill``: the byte of which answers to IoIn and MmioRead consist, after which the vCPU runs on; None: they
+    end the step.
     """
 
     kind: ClassVar[str] = "run"
