@@ -15,11 +15,7 @@ from capstone import x86
 from pykvm.model.cpu import corrections
 from pykvm.model.cpu.flags import MASK
 from pykvm.model.cpu.instruction import (
-    CS,
     DS,
-    ES,
-    FS,
-    GS,
     SS,
     ControlRegister,
     DebugRegister,
@@ -34,28 +30,18 @@ from pykvm.model.cpu.instruction import (
     StackRegister,
     Xmm,
 )
+from pykvm.model.cpu.prefixes import (
+    MAX_LENGTH,
+    InvalidEncodingError,
+    Prefixes,
+    TooLongError,
+    TruncatedError,
+)
 from pykvm.model.cpu.semantics import TABLE
 
-MAX_LENGTH: Final = 15
-"""Bytes of the longest instruction; a longer one raises #GP (SDM vol. 3, 6.15, interrupt 13)."""
-
-SEGMENT_PREFIXES: Final = {0x26: ES, 0x2E: CS, 0x36: SS, 0x3E: DS, 0x64: FS, 0x65: GS}
-_PREFIX_OF_SEGMENT: Final = {segment: prefix for prefix, segment in SEGMENT_PREFIXES.items()}
-_LEGACY: Final = frozenset({0xF0, 0xF2, 0xF3, 0x66, 0x67, *SEGMENT_PREFIXES})
+__all__ = ["MAX_LENGTH", "Decoder", "InvalidEncodingError", "TooLongError", "TruncatedError"]
 
 _CAPSTONE_MODE: Final = {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}
-
-
-class TruncatedError(Exception):
-    """The bytes end within the instruction: fetch more."""
-
-
-class InvalidEncodingError(Exception):
-    """The bytes are no instruction of this processor: #UD."""
-
-
-class TooLongError(Exception):
-    """The instruction exceeds 15 bytes: #GP(0)."""
 
 
 class UnknownInstructionError(Exception):
@@ -67,57 +53,10 @@ class UnknownInstructionError(Exception):
         self.encoding = encoding
 
 
-class Prefixes:
-    """The prefixes of one instruction, read as a processor does; ``end`` is where the opcode starts."""
-
-    __slots__ = ("address", "end", "lock", "operand", "rep", "rex", "segment")
-
-    def __init__(self, code: bytes, bits: int) -> None:
-        self.lock = self.operand = self.address = False
-        self.rep = self.rex = 0
-        self.segment: int | None = None
-        at = 0
-        while at < len(code):
-            byte = code[at]
-            if byte in SEGMENT_PREFIXES:
-                # In 64-bit mode ES, CS, SS and DS overrides are null prefixes: ignored, FS or GS stays.
-                if bits != 64 or byte in {0x64, 0x65}:
-                    self.segment = SEGMENT_PREFIXES[byte]
-            elif byte == 0x66:
-                self.operand = True
-            elif byte == 0x67:
-                self.address = True
-            elif byte == 0xF0:
-                self.lock = True
-            elif byte in {0xF2, 0xF3}:
-                self.rep = byte
-            elif bits == 64 and byte & 0xF0 == 0x40:
-                # REX counts only directly before the opcode (SDM vol. 2, 2.2.1).
-                if at + 1 < len(code) and code[at + 1] not in _LEGACY and code[at + 1] & 0xF0 != 0x40:
-                    self.rex = byte
-            else:
-                break
-            at += 1
-            if at >= MAX_LENGTH:
-                raise TooLongError
-        else:
-            raise TruncatedError
-        self.end = at
-
-    def canonical(self) -> bytes:
-        """The prefixes that matter for decoding, once each.  LOCK is judged here, not by capstone."""
-        result = bytearray()
-        if self.segment is not None:
-            result.append(_PREFIX_OF_SEGMENT[self.segment])
-        if self.address:
-            result.append(0x67)
-        if self.operand:
-            result.append(0x66)
-        if self.rep:
-            result.append(self.rep)
-        if self.rex:
-            result.append(self.rex)
-        return bytes(result)
+def _disassembler(bits: int) -> capstone.Cs:
+    result = capstone.Cs(capstone.CS_ARCH_X86, _CAPSTONE_MODE[bits])
+    result.detail = True
+    return result
 
 
 class Decoder:
@@ -130,8 +69,7 @@ class Decoder:
     def __init__(self, bits: int, *, amd: bool = False) -> None:
         self.bits = bits
         self.amd = amd
-        self._capstone = capstone.Cs(capstone.CS_ARCH_X86, _CAPSTONE_MODE[bits])
-        self._capstone.detail = True
+        self._capstone = {bits: _disassembler(bits), 16: _disassembler(16)}
         self._cache: dict[bytes, Instruction] = {}
 
     def decode(self, code: bytes) -> Instruction:
@@ -148,61 +86,64 @@ class Decoder:
 
     def _decode(self, code: bytes) -> Instruction:
         prefixes = Prefixes(code, self.bits)
-        canonical = corrections.prefixes(prefixes, code, self.bits, self.amd)
-        tail = corrections.encoding(prefixes, code[prefixes.end :], self.bits)
-        if not tail:
-            raise TruncatedError
-        found = next(self._capstone.disasm(canonical + tail, 0, 1), None)
+        shown = corrections.shown(prefixes, code[prefixes.end :], self.bits, self.amd)
+        found = self._disassemble(shown)
         if found is None:
             # Padding tells bytes that are no instruction from ones that go on.
             room = MAX_LENGTH - len(code)
             for filler in (b"\0", b"\xc0") if room > 0 else ():
-                if next(self._capstone.disasm(canonical + tail + filler * room, 0, 1), None) is not None:
+                if self._disassemble(shown._replace(body=shown.body + filler * room)) is not None:
                     raise TruncatedError
             raise InvalidEncodingError
-        length = prefixes.end + found.size - len(canonical)
+        if prefixes.wide and prefixes.mandatory and self._rejected_without_rex_w(prefixes, shown):
+            raise InvalidEncodingError
+        length = prefixes.end + found.size - len(shown.prefixes)
         if length > MAX_LENGTH:
             raise TooLongError
-        return self._instruction(found, prefixes, len(canonical), code[:length])
+        return self._instruction(found, prefixes, shown, code[:length])
+
+    def _disassemble(self, shown: corrections.Shown) -> capstone.CsInsn | None:
+        return next(self._capstone[shown.bits].disasm(shown.prefixes + shown.body, 0, 1), None)
+
+    def _rejected_without_rex_w(self, prefixes: Prefixes, shown: corrections.Shown) -> bool:
+        """With REX.W capstone overlooks a 66, F2 or F3 that the opcode does not allow (host)."""
+        narrow = shown.prefixes[:-1] + bytes([prefixes.rex & ~8])
+        return self._disassemble(shown._replace(prefixes=narrow)) is None
 
     def _instruction(
-        self, found: capstone.CsInsn, prefixes: Prefixes, skipped: int, encoding: bytes
+        self, found: capstone.CsInsn, prefixes: Prefixes, shown: corrections.Shown, encoding: bytes
     ) -> Instruction:
         bits = self.bits
-        wide = bits == 64 and bool(prefixes.rex & 8)
-        operand_size = (
-            8 if wide else (2 if prefixes.operand else 4) if bits != 16 else 4 if prefixes.operand else 2
-        )
+        short = prefixes.operand != (bits == 16)
         address_size = {64: (8, 4), 32: (4, 2), 16: (2, 4)}[bits][prefixes.address]
         body = encoding[prefixes.end :]
-        opcode = corrections.opcode_bytes(body)
-        modrm_at = len(opcode)
-        has_modrm = bool(found.modrm_offset) or found.modrm != 0
+        modrm_at = found.modrm_offset - len(shown.prefixes)
         draft = corrections.Draft(
-            name=self._capstone.insn_name(found.id),
+            name=self._capstone[bits].insn_name(found.id),
             operands=[self._operand(found, each, prefixes, address_size) for each in found.operands],
-            opcode=opcode,
-            modrm=body[modrm_at] if has_modrm and modrm_at < len(body) else None,
-            operand_size=operand_size,
+            opcode=corrections.opcode_bytes(body),
+            modrm=body[modrm_at] if found.modrm_offset else None,
+            operand_size=8 if prefixes.wide else 2 if short else 4,
             address_size=address_size,
             bits=bits,
             amd=self.amd,
             prefixes=prefixes,
-            displacement_end=found.size,
         )
         corrections.correct(draft)
         text = f"{found.mnemonic} {found.op_str}".rstrip()
         entry = TABLE.get(draft.name)
-        if entry is None:
-            raise UnknownInstructionError(text, encoding)
         first = draft.operands[0] if draft.operands else None
-        if prefixes.lock and not (entry.lockable and first is not None and first.is_memory):
+        if prefixes.lock and not (entry and entry.lockable and first and first.is_memory):
             raise InvalidEncodingError
+        if entry is None:
+            if corrections.is_absent(draft.name, body, bits):
+                raise InvalidEncodingError
+            raise UnknownInstructionError(text, encoding)
         return Instruction(
             name=draft.name,
             text=("lock " if prefixes.lock else "") + text,
             encoding=encoding,
-            opcode=opcode,
+            opcode=draft.opcode,
             operands=tuple(draft.operands),
             operand_size=draft.operand_size,
             address_size=address_size,
@@ -218,14 +159,14 @@ class Decoder:
         self, found: capstone.CsInsn, operand: x86.X86Op, prefixes: Prefixes, address_size: int
     ) -> Operand:
         if operand.type == x86.X86_OP_REG:
-            return REGISTERS[operand.reg]
+            return REGISTERS.get(operand.reg, _OTHER_REGISTER)
         if operand.type == x86.X86_OP_IMM:
             if corrections.is_relative(found):
                 # capstone gives the target of a branch at address 0, cut to the operand size.
                 bits = 8 * operand.size
                 displacement = (operand.imm - found.size + (1 << bits - 1)) % (1 << bits) - (1 << bits - 1)
                 return Immediate(displacement, 8)
-            return Immediate(operand.imm, operand.size)
+            return Immediate(operand.imm, operand.size or 1)
         memory = operand.mem
         base = -1 if memory.base == x86.X86_REG_INVALID else _ADDRESS_REGISTERS[memory.base]
         index = -1 if memory.index == x86.X86_REG_INVALID else _ADDRESS_REGISTERS[memory.index]
@@ -265,6 +206,9 @@ def _registers() -> dict[int, Operand]:
 
 REGISTERS: Final = _registers()
 """Operands by capstone's register number; shared, since they hold no state."""
+
+_OTHER_REGISTER: Final = Operand()
+"""Registers of instructions that have no semantics here, such as YMM0."""
 
 _SEGMENTS: Final = {
     number: each.index for number, each in REGISTERS.items() if isinstance(each, SegmentRegister)
