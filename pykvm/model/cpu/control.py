@@ -73,7 +73,7 @@ def set_cr0(cpu: Processor, value: int) -> None:
     loads = value & Cr0.PG and cpu.cr4 & Cr4.PAE and not efer & Efer.LMA
     if loads and (value ^ cpu.cr0) & _PDPTE_CR0:
         cpu.pdptrs = cpu.load_pdptrs()
-    cpu.cr0, cpu.efer = value, efer
+    cpu.cr0, cpu.efer = int(value), int(efer)
     cpu.update_mode()
     cpu.flush_tlb()
 
@@ -104,7 +104,7 @@ def smsw(cpu: Processor, insn: Instruction) -> None:
 @semantics("clts")
 def clts(cpu: Processor, insn: Instruction) -> None:
     require_cpl0(cpu)
-    cpu.cr0 &= ~Cr0.TS
+    cpu.cr0 &= ~int(Cr0.TS)
 
 
 # --- CR3 ------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def set_cr4(cpu: Processor, value: int) -> None:
     loads = cpu.cr0 & Cr0.PG and value & Cr4.PAE and not cpu.long_mode
     if loads and changed & _PDPTE_CR4:
         cpu.pdptrs = cpu.load_pdptrs()
-    cpu.cr4 = value
+    cpu.cr4 = int(value)
     cpu.update_mode()
     cpu.flush_tlb()
 

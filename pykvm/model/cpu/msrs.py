@@ -119,7 +119,7 @@ def _write_efer(cpu: Processor, value: int) -> None:
     changed = value ^ cpu.efer
     if value & ~allowed or (changed & Efer.LME and cpu.cr0 & Cr0.PG):
         raise Fault.gp()
-    cpu.efer = value & ~Efer.LMA | cpu.efer & Efer.LMA
+    cpu.efer = int(value & ~Efer.LMA | cpu.efer & Efer.LMA)
     cpu.update_mode()
     cpu.flush_tlb()
 

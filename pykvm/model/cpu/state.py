@@ -14,6 +14,8 @@ from pykvm.x86.registers import DescriptorTable, Registers, Segment, SpecialRegi
 
 SEGMENT_NAMES: Final = ("es", "cs", "ss", "ds", "fs", "gs")
 _TOP: Final = MASK[8]
+_FIXED: Final = int(Rflags.FIXED)
+_VM_AND_AC: Final = int(Rflags.VM | Rflags.AC)
 _CODE, _WRITABLE_OR_READABLE, _EXPAND_DOWN = 8, 2, 4
 
 
@@ -116,8 +118,8 @@ class State:
 
     def set_rflags(self, value: int) -> None:
         """Replace RFLAGS, system flags included; bit 1 stays set."""
-        changed = (self.rflags ^ value) & (Rflags.VM | Rflags.AC)
-        self.rflags = value | Rflags.FIXED
+        changed = (self.rflags ^ value) & _VM_AND_AC
+        self.rflags = int(value) | _FIXED
         if changed:
             self.update_mode()
 
@@ -169,7 +171,7 @@ class State:
             value.r8, value.r9, value.r10, value.r11, value.r12, value.r13, value.r14, value.r15,
         )  # fmt: skip
         self.rip = value.rip
-        self.rflags = value.rflags | Rflags.FIXED
+        self.rflags = int(value.rflags) | _FIXED
         self.update_mode()
 
     def get_special_registers(self) -> SpecialRegisters:
@@ -202,10 +204,11 @@ class State:
         self.segments = [getattr(value, name) for name in SEGMENT_NAMES]
         self.tr, self.ldt = value.tr, value.ldt
         self.gdt, self.idt = value.gdt, value.idt
+        # Plain integers: operations on enumeration flags take ten times as long.
         self.cr0, self.cr2, self.cr3, self.cr4, self.cr8 = (
-            value.cr0, value.cr2, value.cr3, value.cr4, value.cr8,
-        )  # fmt: skip
-        self.efer = value.efer
+            int(register) for register in (value.cr0, value.cr2, value.cr3, value.cr4, value.cr8)
+        )
+        self.efer = int(value.efer)
         self.apic_base = value.apic_base
         if value.pdptrs is not None:
             self.pdptrs = value.pdptrs

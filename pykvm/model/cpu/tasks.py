@@ -137,7 +137,7 @@ def _switch(cpu: Processor, tss: Segment, rip: int, rflags: int, *, nested: bool
     cpu.tr = _set_busy(cpu, tss, busy=True)
     if layout is _TSS32 and cpu.cr0 & Cr0.PG:
         control.set_cr3(cpu, cr3)
-    cpu.cr0 |= Cr0.TS
+    cpu.cr0 |= int(Cr0.TS)
     cpu.dr7 &= ~_LOCAL_BREAKPOINTS
     selectors = _load_registers(cpu, layout, values, nested)
     cpu.checkpoint()
