@@ -140,17 +140,18 @@ class MemoryAccess(State):
         """Read from linear addresses, which wrap at the end of the address space."""
         if self.dr7 & 0xFF:
             self._hit_breakpoints(address, size, write=False)
-        result = b""
+        pieces = []
         while size:
             part = min(size, _PAGE - (address & _OFFSET))
             cache = self._system if system else self.translations
             page = cache.read.get(address >> 12)
             if page is None:
                 page = self._walk(address, Access.READ, system)
-            result += self._read(page | address & _OFFSET, part)
+            pieces.append((page | address & _OFFSET, part))
             address = self._wrap(address + part)
             size -= part
-        return result
+        # Only now: a device must not be asked for half of a load that faults.
+        return b"".join([self._read(gpa, part) for gpa, part in pieces])
 
     def store_linear(self, address: int, data: bytes, *, system: bool = False) -> None:
         """Write to linear addresses when the instruction completes; every page is checked now."""
