@@ -50,7 +50,7 @@ IGNORED: Final = (
     ),
     Rule(
         "RFLAGS.RF",
-        "SDM vol. 3, 18.3.1.1: set in the middle of REP; KVM's emulator also sets it while IN or a load waits",
+        "SDM vol. 3, 18.3.1.1: set in mid-REP; KVM's emulator also sets it while IN or a load waits",
     ),
     Rule(
         "RIP behind the last element of REP that left for the host, with the count at 0",

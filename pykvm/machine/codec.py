@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
+from enum import IntFlag
 from typing import Any, TypeVar
 
 from pykvm.errors import UsageError
@@ -18,13 +19,15 @@ Decoder = Callable[[object, str], T]
 
 
 def encode(value: object) -> Any:
-    """A dataclass as a dict, bytes as hexadecimal, tuples as lists, numbers and None as they are."""
+    """A dataclass as a dict, bytes as hexadecimal, tuples as lists, flags as integers, the rest as it is."""
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: encode(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, tuple):
         return [encode(item) for item in value]
     if isinstance(value, bytes):
         return value.hex()
+    if isinstance(value, IntFlag):
+        return int(value)
     return value
 
 
