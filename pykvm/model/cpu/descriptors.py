@@ -141,13 +141,17 @@ def read_segment(cpu: Processor, selector: int, reject: Reject = Fault.gp) -> Se
 
 
 def set_type(cpu: Processor, segment: Segment, type_: int) -> Segment:
-    """Write a type field back into the descriptor table, unless it stands there already."""
+    """Write a type field back into the descriptor table, unless it stands there already.
+
+    Where that faults CR2 depends on the processor; here the whole descriptor is written, as KVM does.
+    """
     if segment.type == type_:
         return segment
     address = descriptor_address(cpu, segment.selector)
     assert address is not None
     access = type_ | segment.s << 4 | segment.dpl << 5 | segment.present << 7
-    cpu.store_system(address + 5, 1, access)
+    rest = cpu.load_system(address, 8) & ~(0xFF << 40)
+    cpu.store_system(address, 8, rest | access << 40)
     return replace(segment, type=type_)
 
 

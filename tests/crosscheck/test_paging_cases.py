@@ -1,0 +1,263 @@
+"""The page-table product: its numbering, and real KVM against the reference machine's page walk."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+
+from pykvm.cli.walks import explain, walks
+from pykvm.crosscheck.paging_cases import TOTAL, Features, Kind, PagingCase, Runnable
+from pykvm.crosscheck.paging_guest import FRAMES, TABLES, PagingOutcome
+from pykvm.crosscheck.paging_run import (
+    PagingDifference,
+    Subject,
+    compare,
+    known,
+    outcomes,
+    run_case,
+    run_paging,
+)
+from pykvm.errors import UsageError
+from pykvm.kvm import KvmSystem
+from pykvm.model import paging
+from pykvm.model.system import ModelSystem
+from pykvm.x86.cpuid import CpuidEntry
+
+EVERYTHING = Features(46, True, True, True, True, True, True)
+PLAIN = Features(48, True, False, False, False, False, False)
+SEED = 20
+
+
+# --- numbers -------------------------------------------------------------------------------------------
+
+
+def test_a_processor_with_everything_can_run_all_cases() -> None:
+    """12 kinds; WP, NXE, SMEP, SMAP and AC (3), PKE and rights (5); leaf and upper entries; 15 shapes."""
+    assert TOTAL == 12 * (2 * 2 * 2 * 3 * 5) * (8 * 4 + 4 + 2 + 2) * (8 * 2 * 2 + 3 + 2 + 1) * (3 + 2 + 1 + 9)
+    runnable = Runnable(EVERYTHING)
+    assert len(runnable) == TOTAL
+    assert [runnable[number] for number in (0, 1, TOTAL - 1)] == [0, 1, TOTAL - 1]
+
+
+def test_features_leave_dimensions_out() -> None:
+    assert len(Runnable(PLAIN)) == 12 * 4 * 40 * 38 * 6
+    assert len(Runnable(PLAIN._replace(nx=False))) == 12 * 2 * 40 * 38 * 6
+    assert len(Runnable(PLAIN._replace(physical_bits=52))) == 12 * 4 * 36 * 35 * 6
+    assert PLAIN.left_out == (
+        "5-level paging",
+        "CR4.SMEP = 1",
+        "CR4.SMAP = 1",
+        "CR4.PKE = 1",
+        "1 GiB pages that work (PS of a PDPTE is a reserved bit here)",
+    )
+    assert EVERYTHING.left_out == ()
+
+
+def test_the_numbers_that_can_run_are_exactly_those_that_can() -> None:
+    chosen = random.Random(SEED).sample(range(TOTAL), 20_000)
+    for features in (
+        PLAIN,
+        EVERYTHING._replace(la57=False),
+        EVERYTHING._replace(physical_bits=52, pku=False),
+    ):
+        runnable = Runnable(features)
+        found = sum(PagingCase.from_index(index).can_run(features) for index in chosen)
+        assert found / len(chosen) == pytest.approx(len(runnable) / TOTAL, abs=0.02)
+        numbers = random.Random(SEED).sample(range(len(runnable)), 2000)
+        assert all(PagingCase.from_index(runnable[number]).can_run(features) for number in numbers)
+        assert len({runnable[number] for number in numbers}) == 2000
+
+
+def test_different_numbers_are_different_combinations() -> None:
+    chosen = random.Random(SEED).sample(range(TOTAL), 20_000)
+    cases = {replace(PagingCase.from_index(index), index=0) for index in chosen}
+    assert len(cases) == len(chosen)
+
+
+def test_random_numbers_follow_from_the_seed() -> None:
+    first, again, other = (list(islice(Runnable(PLAIN).shuffled(seed), 1000)) for seed in (1, 1, 2))
+    assert first == again != other
+    assert len(set(first)) > 990
+    assert all(PagingCase.from_index(index).can_run(PLAIN) for index in first)
+
+
+def test_a_number_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        PagingCase.from_index(TOTAL)
+    with pytest.raises(IndexError):
+        Runnable(PLAIN)[len(Runnable(PLAIN))]
+
+
+def test_entries_lie_where_the_linear_address_leads() -> None:
+    """0x8080203120 is entry 1 of the PML4, 2 of the PDPT, 1 of the page directory and 3 of the page table."""
+    case = PagingCase.from_index(0)
+    assert case.linear == 0x80_8020_3120
+    rights, key = 7, 5 << 59
+    assert case.entries(0x400000, 0x203000, 46) == (
+        (0x400000 + 8, 0x401000 | rights),
+        (0x401000 + 16, 0x402000 | rights),
+        (0x402000 + 8, 0x403000 | rights),
+        (0x403000 + 24, 0x203000 | rights | key),
+    )
+
+
+# --- real KVM against the page walk --------------------------------------------------------------------
+
+
+def expected(case: PagingCase, cpuid: Sequence[CpuidEntry]) -> PagingOutcome:
+    """What the case's instruction does to the guest, given the walks it makes."""
+    bits = Features.of(cpuid).physical_bits
+    entries = case.entries(TABLES, FRAMES[case.shape.page_shift], bits)
+    flags = dict.fromkeys((at for at, _ in entries), 0)
+    made = walks(case, cpuid)
+    for each in made:
+        for update in each.updates:
+            flags[update.gpa] |= update.old ^ update.new
+    segment = case.kind in {Kind.LOAD_SEGMENT, Kind.MARK_SEGMENT}
+    register = 7 if segment else 0x1122334455667788
+    target = 0x00CFF2000000FFFF if segment else 0x04030201FEEB10E6
+    accessed = 1 << 40
+    if case.kind is Kind.LOAD_SEGMENT:
+        target |= accessed
+    error = made[-1].error
+    if error is not None:
+        at = "target" if case.kind is Kind.FETCH else "access"
+        return PagingOutcome("#PF", error, case.linear, at, tuple(flags.values()), target, register)
+    if case.kind is Kind.EXCHANGE:
+        target, register = register, target
+    elif case.kind is Kind.READ:
+        register = target
+    elif case.kind is Kind.WRITE:
+        target = register
+    elif case.kind is Kind.MARK_SEGMENT:
+        target |= accessed
+    return PagingOutcome("done", None, None, "", tuple(flags.values()), target, register)
+
+
+def check(system: KvmSystem, indices: Iterable[int]) -> Counter[tuple[Kind, int, str]]:
+    """Run the cases on KVM and hold each against the walk; how often each kind ended how."""
+    cpuid = Subject.of(system).cpuid
+    cases = [PagingCase.from_index(index) for index in indices]
+    seen: Counter[tuple[Kind, int, str]] = Counter()
+    for case, seen_outcome in zip(cases, outcomes(system, cpuid, cases), strict=True):
+        wanted = expected(case, cpuid)
+        words = compare(case, ("walk", wanted), ("kvm", seen_outcome))
+        reason = known(case, wanted, seen_outcome)
+        assert not words or reason, str(PagingDifference(case, words, reason, explain(case, cpuid)))
+        seen[case.kind, case.cpl, seen_outcome.end] += 1
+    return seen
+
+
+def test_kvm_translates_as_the_page_walk_does(system: KvmSystem) -> None:
+    """Cases from all over the product; every kind of access succeeds in some and faults in others."""
+    runnable = Runnable(Subject.of(system).features)
+    seen = check(system, islice(runnable.shuffled(SEED), 6000))
+    assert set(seen) == {(kind, cpl, end) for kind in Kind for cpl in (0, 3) for end in ("done", "#PF")}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_kvm_translates_as_the_page_walk_does_in_every_case(system: KvmSystem) -> None:
+    """The whole product as far as the host goes, at most a million cases spread over it: 440,000 and about
+    two minutes with 4-level paging and NX alone."""
+    runnable = Runnable(Subject.of(system).features)
+    step = -(-len(runnable) // 1_000_000)
+    seen = check(system, (runnable[number] for number in range(0, len(runnable), step)))
+    assert sum(seen.values()) == -(-len(runnable) // step)
+
+
+def test_a_case_alone_does_what_it_does_among_others(system: KvmSystem) -> None:
+    subject = Subject.of(system)
+    runnable = Runnable(subject.features)
+    indices = [runnable[number] for number in range(0, len(runnable), len(runnable) // 40)]
+    together = list(outcomes(system, subject.cpuid, map(PagingCase.from_index, indices)))
+    assert [run_case(system, index) for index in indices] == together
+
+
+# --- the model against real KVM ------------------------------------------------------------------------
+
+
+def some_indices(system: KvmSystem, count: int, seed: int = SEED) -> list[int]:
+    with ModelSystem() as model:
+        runnable = Runnable(Subject.of(system, model).features)
+    return list(islice(runnable.shuffled(seed), count))
+
+
+def test_the_model_and_kvm_agree(system: KvmSystem) -> None:
+    indices = some_indices(system, 2000)
+    progress: list[int] = []
+    with ModelSystem() as model:
+        result = run_paging(model, system, indices, progress=progress.append, explain=explain)
+    assert result.disagreements == ()
+    assert result.cases == progress[-1] == 2000
+
+
+def test_a_model_that_ignores_write_protection_is_found_out(
+    system: KvmSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison names the machines, what each did, and what should happen."""
+    right = paging._violation
+
+    def wrong(control: paging.Control, kind: int, rights: int, disabled: int) -> paging.Rule | None:
+        rule = right(control, kind, rights, disabled)
+        return None if rule is paging.Rule.READ_ONLY else rule
+
+    monkeypatch.setattr(paging, "_violation", wrong)
+    with ModelSystem() as model:
+        result = run_paging(model, system, some_indices(system, 300))
+    assert result.disagreements
+    for found in result.disagreements:
+        assert found.case.kind in {Kind.WRITE, Kind.EXCHANGE, Kind.MARK_SEGMENT}
+        assert any("model: done; kvm: #PF" in line for line in found.words)
+    monkeypatch.undo()
+    with ModelSystem() as model:
+        again = run_paging(model, system, [found.case.index for found in result.disagreements])
+    assert again.disagreements == ()
+
+
+def test_a_case_that_the_host_cannot_run_is_refused(system: KvmSystem) -> None:
+    features = Subject.of(system).features
+    if not features.left_out:
+        pytest.skip("this host can run every case")
+    index = next(
+        index for index in range(0, TOTAL, 1013) if not PagingCase.from_index(index).can_run(features)
+    )
+    with pytest.raises(UsageError, match="which a machine here lacks"):
+        run_case(system, index)
+
+
+# --- comparison ----------------------------------------------------------------------------------------
+
+
+def test_differences_are_told_in_words() -> None:
+    case = PagingCase.from_index(0)
+    done = PagingOutcome("done", None, None, "", (32, 32, 32, 32), 1, 2)
+    fault = PagingOutcome("#PF", 7, 0x8080203120, "access", (32, 0, 32, 96), 3, 2)
+    assert compare(case, ("model", done), ("kvm", done)) == ()
+    assert compare(case, ("model", done), ("kvm", fault)) == (
+        "model: done; kvm: #PF at the access with error code 0x7 (P WR US), CR2 0x8080203120",
+        "model: the target holds 0x1; kvm: the target holds 0x3",
+        "model: A of the PDPTE changed; kvm: nothing of the PDPTE changed",
+        "model: A of the PTE changed; kvm: A, D of the PTE changed",
+    )
+
+
+def test_only_accessed_flags_of_a_refused_exchange_are_excused() -> None:
+    exchange, write = (
+        next(case for case in map(PagingCase.from_index, range(12)) if case.kind is kind)
+        for kind in (Kind.EXCHANGE, Kind.WRITE)
+    )
+    fault = PagingOutcome("#PF", 3, 0x8080203120, "access", (0, 0, 0, 0), 1, 2)
+    accessed = replace(fault, flags=(32, 0, 0, 32))
+    assert known(exchange, fault, accessed)
+    assert known(exchange, replace(fault, error=7), replace(accessed, error=7))
+    assert not known(write, fault, accessed)
+    assert not known(exchange, fault, replace(accessed, flags=(0, 0, 0, 96)))
+    assert not known(exchange, fault, replace(accessed, error=2))
+    assert not known(exchange, replace(fault, error=2), replace(accessed, error=2))
+    assert not known(exchange, replace(fault, error=11), replace(accessed, error=11))
