@@ -48,8 +48,10 @@ class ModelMachine(MachineClock, MachineMemory):
 
     backend = "model"
 
-    def __init__(self, supported_cpuid: Sequence[CpuidEntry], seed: int) -> None:
+    def __init__(self, supported_cpuid: Sequence[CpuidEntry], seed: int, *, translate: bool = True) -> None:
         super().__init__(Schedule(seed))
+        self.translate = translate
+        """Whether the processors translate hot code."""
         self.watched: set[int] = set()
         """Frames whose changes by the guest the processors want to know."""
         self._vcpus: list[ModelVcpu] = []

@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 class ModelSystem:
     """A source of machines that need no /dev/kvm; see pykvm.machine.System.
 
-    ``seed`` decides how the vCPUs of a machine take turns.
+    ``seed`` decides how the vCPUs of a machine take turns; without ``translate`` their processors are plain
+    interpreters, which only takes longer.
     """
 
     backend = "model"
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, *, translate: bool = True) -> None:
         self.seed = seed
+        self.translate = translate
         self.description = "reference machine in pure Python"
         self._closed = False
 
@@ -35,7 +37,7 @@ class ModelSystem:
         """A fresh machine without memory and vCPUs.  Raises ClosedError."""
         if self._closed:
             raise ClosedError("The system is closed; open a new one.")
-        return ModelMachine(self.supported_cpuid, self.seed)
+        return ModelMachine(self.supported_cpuid, self.seed, translate=self.translate)
 
     def close(self) -> None:
         """No further machines; those that exist go on."""

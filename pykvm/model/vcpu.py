@@ -52,7 +52,7 @@ class ModelVcpu(VcpuSnapshot, VcpuDebug):
         self.id = vcpu_id
         self.ring = ring
         bus = VcpuBus(machine, ring)
-        self.cpu = Processor(bus, ())
+        self.cpu = Processor(bus, (), translate=machine.translate)
         bus.cpu = self.cpu
         self.entries = 0
         """How often ``run`` was called."""
