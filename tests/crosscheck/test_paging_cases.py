@@ -179,6 +179,34 @@ def test_a_case_alone_does_what_it_does_among_others(system: KvmSystem) -> None:
     assert [run_case(system, index) for index in indices] == together
 
 
+# --- the model's CPU and machine against the page walk ---------------------------------------------------
+
+
+def with_everything(cpuid: Iterable[CpuidEntry]) -> list[CpuidEntry]:
+    """The leaves with SMEP, SMAP, PKU, LA57, NX and 1 GiB pages added."""
+    entries = []
+    for entry in cpuid:
+        if entry.function == 7 and entry.index == 0:
+            entries.append(replace(entry, ebx=entry.ebx | 1 << 7 | 1 << 20, ecx=entry.ecx | 1 << 3 | 1 << 16))
+        elif entry.function == 0x80000001:
+            entries.append(replace(entry, edx=entry.edx | 1 << 20 | 1 << 26))
+        else:
+            entries.append(entry)
+    return entries
+
+
+def test_the_model_makes_the_walks_that_each_access_needs() -> None:
+    """With every feature: which walks an instruction makes, in which mode, with which rights and flags."""
+    with ModelSystem() as model:
+        cpuid = with_everything(Subject.of(model).cpuid)
+        features = Features.of(cpuid)
+        assert features.left_out == ()
+        cases = [PagingCase.from_index(index) for index in islice(Runnable(features).shuffled(SEED), 2000)]
+        for case, seen in zip(cases, outcomes(model, cpuid, cases), strict=True):
+            words = compare(case, ("walk", expected(case, cpuid)), ("model", seen))
+            assert not words, str(PagingDifference(case, words, "", explain(case, cpuid)))
+
+
 # --- the model against real KVM ------------------------------------------------------------------------
 
 
