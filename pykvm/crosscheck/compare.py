@@ -14,7 +14,7 @@ from itertools import zip_longest
 from typing import Final
 
 from pykvm.crosscheck.loss import first_loss
-from pykvm.crosscheck.rules import comparable, excusing, may_stand
+from pykvm.crosscheck.rules import comparable, excusing, may_stand, same_exit
 from pykvm.crosscheck.steps import describe
 from pykvm.crosscheck.trace import StepTrace, Trace
 from pykvm.errors import UsageError
@@ -201,7 +201,7 @@ def _state_differences(
     one: StepTrace, other: StepTrace, last: Mapping[int, Exit]
 ) -> Iterator[tuple[str, tuple[str, str], str]]:
     for index, (a, b) in enumerate(zip_longest(one.exits, other.exits)):
-        if a != b:
+        if not same_exit(a, b):
             yield f"exit {index}", (str(a or "none"), str(b or "none")), "hosts.md C.3: exits of a guest"
     for number, views in enumerate(zip(one.vcpus, other.vcpus, strict=True)):
         left, right = (comparable(view) for view in views)
