@@ -26,5 +26,7 @@ class Bus(Protocol):
         happens in a READONLY slot (docs/reference/kvm-mmu.md, 13.3)."""
 
     def watch(self, gfn: int) -> None:
-        """Have every processor's ``watched_frame_changed`` called when the guest writes to the frame.  A frame
-        that is watched anew takes its view back: every processor's ``flush_writable`` is called."""
+        """Have every processor's ``watched_frame_changed`` called when the guest writes to the frame.
+
+        Views of a frame that is watched anew are taken back: every processor's ``flush_writable`` is called.
+        """

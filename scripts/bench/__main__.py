@@ -28,6 +28,7 @@ ITEMS = {
     "lifecycle": "create, run and destroy a VM",
     "migration": "live migration against C copying the same memory",
     "sparse": "a 1 TiB guest with 1000 dirty pages",
+    "emulator": "the reference machine beside KVM's emulator and unicorn",
 }
 
 Measure = Callable[[Any, Effort], Iterator[Row]]

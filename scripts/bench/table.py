@@ -10,7 +10,7 @@ from typing import Any
 
 from measure import Row
 
-HEADERS = ("what", "value", "quartiles", "target", "", "pykvm", "C", "per", "rounds")
+HEADERS = ("what", "value", "quartiles", "target", "", "pykvm", "yardstick", "per", "rounds")
 
 
 def amount(row: Row, value: float) -> str:

@@ -67,6 +67,6 @@ def test_help_names_every_item() -> None:
     result = bench("--help")
     assert result.returncode == 0
     text = (ROOT / "docs" / "benchmarks.md").read_text()
-    for item in ("exits", "rings", "dirtylog", "lifecycle", "migration", "sparse"):
+    for item in ("exits", "rings", "dirtylog", "lifecycle", "migration", "sparse", "emulator"):
         assert re.search(rf"^  {item} ", result.stdout, re.MULTILINE)
         assert f"| `{item}` |" in text
