@@ -75,8 +75,9 @@ class MemoryAccess(State):
         if self.bits64:
             address = base + offset & 0xFFFFFFFFFFFFFFFF
             top = address >> self.canonical_shift
-            end = address + size - 1 >> self.canonical_shift
-            if top != end or (top and top != 0xFFFFFFFFFFFFFFFF >> self.canonical_shift):
+            end = (address + size - 1 & 0xFFFFFFFFFFFFFFFF) >> self.canonical_shift
+            high = 0xFFFFFFFFFFFFFFFF >> self.canonical_shift
+            if (top and top != high) or (end and end != high):
                 raise Fault.ss() if segment == SS else Fault.gp()
         else:
             if not (writable if write else readable) or offset < first or offset + size - 1 > last:
@@ -95,8 +96,10 @@ class MemoryAccess(State):
     def load_for_update(self, segment: int, offset: int, size: int) -> int:
         """The read of a read-modify-write: it faults as a write does."""
         address = self.linear(segment, offset, size, True)
-        for page in {address & -_PAGE, address + size - 1 & -_PAGE}:
-            self._translate_write(page | (address & _OFFSET if page == address & -_PAGE else 0))
+        self._translate_write(address)
+        last = self._wrap(address + size - 1)
+        if last & -_PAGE != address & -_PAGE:
+            self._translate_write(last & -_PAGE)
         return int.from_bytes(self.load_linear(address, size), "little")
 
     def store(self, segment: int, offset: int, size: int, value: int) -> None:

@@ -144,9 +144,12 @@ def xadd(cpu: Processor, insn: Instruction) -> None:
     target, source = insn.operands
     old = target.read_for_update(cpu)
     result, status = flags.add(old, source.read(cpu), 0, target.size)
-    # The source first: of XADD with one register twice the sum stays (SDM vol. 2, XADD).
-    source.write(cpu, old)
-    target.write(cpu, result)
+    if target.is_memory:  # before the source changes, which may be part of its address
+        target.write(cpu, result)
+        source.write(cpu, old)
+    else:  # of one register twice the sum stays (SDM vol. 2, XADD)
+        source.write(cpu, old)
+        target.write(cpu, result)
     cpu.rflags = cpu.rflags & _OTHERS | status
 
 

@@ -45,6 +45,29 @@ _ABSENT: Final = frozenset(
 PadLock …): #UD rather than missing semantics."""
 
 
+def _opcodes(*bytes_of_one: int) -> tuple[bytes, ...]:
+    return tuple(bytes([each]) for each in bytes_of_one)
+
+
+def _two_byte(*second: int) -> tuple[bytes, ...]:
+    return tuple(bytes([0x0F, each]) for each in second)
+
+
+_SCANS: Final = frozenset(_two_byte(0xBC, 0xBD))
+_COUNTS: Final = frozenset(_two_byte(0xB8, 0xBC, 0xBD))
+_CRC32_OR_MOVBE: Final = frozenset({b"\x0f\x38\xf0", b"\x0f\x38\xf1"})
+_GENERAL: Final = frozenset(
+    _two_byte(0x02, 0x03, *range(0x18, 0x24), *range(0x40, 0x50), *range(0x80, 0xAE), 0xAF)
+    + _two_byte(*range(0xB0, 0xB8), *range(0xBA, 0xBC), *range(0xBE, 0xC2), *range(0xC8, 0xD0))
+)
+"""Opcodes of the 0F map that no mandatory prefix turns into something else."""
+_SSE: Final = frozenset(
+    _two_byte(*range(0x10, 0x18), *range(0x28, 0x30), *range(0x50, 0x78), *range(0x7C, 0x80), 0xAE)
+    + _two_byte(*range(0xC2, 0xC7), *range(0xD0, 0x100))
+)
+"""MMX and SSE opcodes of the 0F map, and the fences."""
+
+
 # --- before capstone -------------------------------------------------------------------------------------
 
 
@@ -74,13 +97,14 @@ def shown(found: Prefixes, body: bytes, bits: int, amd: bool) -> Shown:
             found.rep = 0
             return Shown(b"", body, 16)
     if body[0] != 0x0F:
-        return Shown(_prefixes_of_one_byte_opcode(found, body[0], bits), _one_byte_body(body), bits)
-    if len(body) < 2:
-        return Shown(found.canonical(), body, bits)
-    if 0x80 <= body[1] <= 0x8F or (body[1] in {0xBC, 0xBD} and found.rep == 0xF2):
-        # Jcc has no mandatory prefixes, BSF and BSR none by F2; capstone rejects them (host).
-        found.rep = 0
-    return Shown(found.canonical(), _two_byte_body(found, body), bits)
+        body = _one_byte_body(found, body, amd)
+        return Shown(_prefixes_of_one_byte_opcode(found, body[0], bits), body, bits)
+    _drop_meaningless(found, body)
+    body = _two_byte_body(found, body)
+    if bits == 16 and _has_mandatory_prefixes(body):
+        # In 16-bit code capstone takes a mandatory 66 for the operand size (host): decode as 32-bit code.
+        return Shown(found.canonical(address=not found.address), body, 32)
+    return Shown(found.canonical(), body, bits)
 
 
 def _prefixes_of_one_byte_opcode(found: Prefixes, opcode: int, bits: int) -> bytes:
@@ -96,8 +120,11 @@ def _prefixes_of_one_byte_opcode(found: Prefixes, opcode: int, bits: int) -> byt
     return found.canonical()
 
 
-def _one_byte_body(body: bytes) -> bytes:
+def _one_byte_body(found: Prefixes, body: bytes, amd: bool) -> bytes:
     """x87 instructions by their documented encoding; no XOP (8F with another reg field than POP's)."""
+    if amd and body[0] in {0xE0, 0xE1} and found.rep:
+        # F2 makes LOOPNE of both conditional loops, F3 LOOPE (host).
+        return bytes([0xE0 if found.rep == 0xF2 else 0xE1]) + body[1:]
     if len(body) < 2:
         return body
     opcode, modrm = body[0], body[1]
@@ -129,6 +156,27 @@ def _two_byte_body(found: Prefixes, body: bytes) -> bytes:
         # Fences ignore the r/m field (SDM vol. 2, LFENCE; host).
         return bytes([0x0F, 0xAE, modrm & 0xF8]) + rest[1:]
     return body
+
+
+def _drop_meaningless(found: Prefixes, body: bytes) -> None:
+    """Of the general instructions in the 0F maps F2 and F3 are no part, and REX.W wins over 66; capstone
+    takes them for mandatory ones (SDM vol. 2, 2.2.1.2; host)."""
+    opcode = opcode_bytes(body)
+    counts = opcode in _COUNTS and found.rep == 0xF3  # POPCNT, TZCNT, LZCNT
+    crc32 = opcode in _CRC32_OR_MOVBE and found.rep == 0xF2
+    general = opcode in _GENERAL or (opcode in _SCANS and found.rep != 0xF3)
+    if general:
+        found.rep = 0
+    if found.wide and (general or counts or crc32 or (opcode in _CRC32_OR_MOVBE and not found.rep)):
+        found.operand = False
+
+
+def _has_mandatory_prefixes(body: bytes) -> bool:
+    """Whether 66, F2 and F3 select among SSE and MMX instructions: none depends on the operand size."""
+    opcode = opcode_bytes(body)
+    if len(opcode) == 3:
+        return opcode not in _CRC32_OR_MOVBE
+    return opcode in _SSE
 
 
 def _takes_no_prefix(found: Prefixes, opcode: int, modrm: int) -> bool:
@@ -207,14 +255,6 @@ def is_relative(found: capstone.CsInsn) -> bool:
     return x86.X86_GRP_BRANCH_RELATIVE in found.groups
 
 
-def _opcodes(*bytes_of_one: int) -> tuple[bytes, ...]:
-    return tuple(bytes([each]) for each in bytes_of_one)
-
-
-def _two_byte(*second: int) -> tuple[bytes, ...]:
-    return tuple(bytes([0x0F, each]) for each in second)
-
-
 _NAMES: Final = {
     opcode: name
     for name, opcodes in {
@@ -264,6 +304,10 @@ _STACK_OPERAND: Final = frozenset({(b"\x8f", 0), (b"\xff", 2), (b"\xff", 4), (b"
 """POP, CALL, JMP and PUSH with ModR/M."""
 
 
+_COMPARISONS: Final = {0xF3: "cmpss", 0xF2: "cmpsd", True: "cmppd", False: "cmpps"}
+"""SSE comparisons by their mandatory prefix: F3 or F2 before 66."""
+
+
 def correct(draft: Draft) -> None:
     """Put right what capstone made of the encoding."""
     draft.name = _NAMES.get(draft.opcode, draft.name)
@@ -284,6 +328,9 @@ def correct(draft: Draft) -> None:
     elif draft.opcode == b"\x63" and draft.bits == _CODE_64:
         # MOVSXD with 66 has a 16-bit source (SDM vol. 2, MOVSXD); capstone says 32.
         draft.operands[1] = resized(draft.operands[1], min(draft.operand_size, 4))
+    elif draft.opcode == b"\x0f\xc2":
+        # capstone has one name for all four, and a mnemonic that tells the predicate (SDM vol. 2, CMPPS).
+        draft.name = _COMPARISONS[draft.prefixes.rep or draft.prefixes.operand]
     elif draft.name == "mov_cr" and draft.amd and draft.prefixes.lock:
         # AMD: LOCK MOV CR0 is MOV CR8 (APM vol. 3, MOV CRn; host).
         draft.operands = [_alternate(each) for each in draft.operands]

@@ -69,7 +69,7 @@ class Decoder:
     def __init__(self, bits: int, *, amd: bool = False) -> None:
         self.bits = bits
         self.amd = amd
-        self._capstone = {bits: _disassembler(bits), 16: _disassembler(16)}
+        self._capstone = {each: _disassembler(each) for each in (16, 32, 64)}
         self._cache: dict[bytes, Instruction] = {}
 
     def decode(self, code: bytes) -> Instruction:

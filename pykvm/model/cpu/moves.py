@@ -83,14 +83,15 @@ def xlat(cpu: Processor, insn: Instruction) -> None:
 
 @semantics("cmpxchg", lockable=True)
 def cmpxchg(cpu: Processor, insn: Instruction) -> None:
-    """The target is written in any case, with its old value where the comparison fails (SDM vol. 2)."""
+    """Memory is written in any case, with its old value where the comparison fails (SDM vol. 2, CMPXCHG)."""
     target, source = insn.operands
     old, expected = target.read_for_update(cpu), get(cpu, RAX, target.size)
     _, status = flags.subtract(expected, old, 0, target.size)
     if old == expected:
         target.write(cpu, source.read(cpu))
     else:
-        target.write(cpu, old)
+        if target.is_memory:
+            target.write(cpu, old)
         put(cpu, RAX, target.size, old)
     cpu.rflags = cpu.rflags & ~STATUS | status
 

@@ -64,7 +64,6 @@ def _port_element(insn: Instruction) -> int:
 def _outs_once(cpu: Processor, insn: Instruction, size: int) -> None:
     size = _port_element(insn)
     port = get(cpu, RDX, 2)
-    check_port(cpu, port, size)
     data = load_source(cpu, insn, size).to_bytes(size, "little")
     advance(cpu, insn, RSI, size)
     cpu.exits.append(IoOut(port, size, data))
@@ -72,6 +71,7 @@ def _outs_once(cpu: Processor, insn: Instruction, size: int) -> None:
 
 @semantics("outs")
 def outs(cpu: Processor, insn: Instruction) -> None:
+    check_port(cpu, get(cpu, RDX, 2), _port_element(insn))  # also where rCX is zero
     repeat(cpu, insn, _outs_once)
 
 
@@ -79,12 +79,12 @@ def outs(cpu: Processor, insn: Instruction) -> None:
 def ins(cpu: Processor, insn: Instruction) -> None:
     """With REP the host is asked for many elements at once, as KVM does: to the end of the page."""
     size = _port_element(insn)
+    port = get(cpu, RDX, 2)
+    check_port(cpu, port, size)
     width = insn.address_size
     count = get(cpu, RCX, width) if insn.rep else 1
     if not count:
         return
-    port = get(cpu, RDX, 2)
-    check_port(cpu, port, size)
     offset = get(cpu, RDI, width)
     address = cpu.linear(ES, offset, size, True)
     room = address % _PAGE + size if cpu.rflags & DF else _PAGE - address % _PAGE

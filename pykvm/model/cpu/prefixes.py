@@ -76,15 +76,15 @@ class Prefixes:
         """Any that is part of the opcode in the two- and three-byte maps: 66, F2 or F3."""
         return self.operand or self.rep != 0
 
-    def canonical(self, *, address: bool = True) -> bytes:
-        """The prefixes that matter for decoding, once each; the one for the address size only if wanted.
+    def canonical(self, *, address: bool | None = None) -> bytes:
+        """The prefixes that matter for decoding, once each; ``address`` overrides the one for addresses.
 
         LOCK is judged here, not by capstone.
         """
         result = bytearray()
         if self.segment is not None:
             result.append(_PREFIX_OF_SEGMENT[self.segment])
-        if self.address and address:
+        if self.address if address is None else address:
             result.append(0x67)
         if self.operand:
             result.append(0x66)

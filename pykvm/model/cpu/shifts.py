@@ -163,12 +163,12 @@ def _double_shift(cpu: Processor, insn: Instruction, left: bool) -> None:
     if not count:
         target.write(cpu, value)
         return
-    # Of a word a count beyond 16 goes on with the target's own bits.
-    wide = (value << bits | fill) << bits | value
+    # A count beyond 16 of a word goes on with the source's bits (host; undefined in the SDM).
     if left:
-        wide <<= count
+        wide = ((value << bits | fill) << bits | fill) << count
         result, carry = wide >> 2 * bits & MASK[size], wide >> 3 * bits & 1
     else:
+        wide = (fill << bits | fill) << bits | value
         result, carry = wide >> count & MASK[size], wide >> count - 1 & 1
     status = flags.of_result(result, size) | (CF if carry else 0)
     if (result ^ value) & SIGN[size]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from pykvm.model.cpu import flags
-from pykvm.model.cpu.flags import DF, STATUS, ZF
+from pykvm.model.cpu.flags import DF, STATUS, TF, ZF
 from pykvm.model.cpu.implicit import get, put
 from pykvm.model.cpu.instruction import DS, ES, RAX, RCX, RDI, RSI
 from pykvm.model.cpu.semantics import Execute, semantics
@@ -60,7 +60,7 @@ def repeat(cpu: Processor, insn: Instruction, once: Iteration, *, compares: bool
         cpu.checkpoint()
         if count == 1 or (compares and cpu.rflags & ZF != wanted):
             return
-        if cpu.exits:
+        if cpu.exits or cpu.rflags & TF or cpu.debug_hits:
             break
     cpu.next_rip = cpu.rip
 
@@ -99,9 +99,9 @@ def lods(cpu: Processor, insn: Instruction, size: int) -> None:
 
 @_string("cmps", compares=True)
 def cmps(cpu: Processor, insn: Instruction, size: int) -> None:
-    """[rSI] - [rDI]: here the destination is the second operand."""
-    source = load_source(cpu, insn, size)
+    """[rSI] - [rDI]: here the destination is the second operand, though it is read first."""
     other = cpu.load(ES, get(cpu, RDI, insn.address_size), size)
+    source = load_source(cpu, insn, size)
     cpu.rflags = cpu.rflags & ~STATUS | flags.subtract(source, other, 0, size)[1]
     advance(cpu, insn, RSI, size)
     advance(cpu, insn, RDI, size)
