@@ -92,7 +92,11 @@ class Chip(Processor):
         self.put(CODE, encoding)
         self.rip = CODE
         try:
-            self.execute(self.fetch())
+            insn = self.fetch()
+        except Fault as fault:
+            return str(fault)
+        try:
+            self.execute(insn)
         except Fault as fault:
             self.rollback()
             return str(fault)

@@ -24,6 +24,8 @@ from pykvm.model.cpu import (  # noqa: F401
     selectors,
     shifts,
     software_interrupts,
+    sse_convert,
+    sse_float,
     sse_integer,
     sse_moves,
     sse_shuffles,

@@ -189,7 +189,9 @@ def maskmov(cpu: Processor, insn: Instruction) -> None:
 
 @semantics("emms")
 def emms(cpu: Processor, insn: Instruction) -> None:
+    """All registers empty, TOP 0 (SDM vol. 3, table 13-2)."""
     require_mmx(cpu, "mmx")
+    touch_mmx(cpu)
     cpu.x87.tags = 0xFFFF
 
 
