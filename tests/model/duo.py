@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from pykvm.machine.exits import Exit, MmioWrite
+from pykvm.machine.exits import Exit, Halted, InternalError, IoIn, MmioRead, MmioWrite, Shutdown
 from pykvm.model.cpu.cpuid_table import supported_cpuid
 from pykvm.model.cpu.instruction import CS
 from pykvm.model.cpu.processor import Processor
@@ -20,7 +20,9 @@ DATA = 0x10000
 IDT = 0x2000
 GDT = 0x3000
 HANDLERS = 0x4000
-"""Handler of vector v at HANDLERS + 16 * v: UD2 of its own would recurse, so it is HLT."""
+"""The handler of vector v, a HLT, is at HANDLERS + 16 * v."""
+READ_ONLY_PAGE, ABSENT_PAGE = 0x1E000, 0x1B000
+"""To the page tables of long mode."""
 PML4, PDPT, PD, PT = 0x5000, 0x6000, 0x7000, 0x18000
 
 
@@ -105,8 +107,8 @@ class Machine:
         self._put_entry(PDPT, PD | 7)
         self._put_entry(PD, PT | 7)
         for page in range(512):
-            # A and D as they come; page 0x1E is read-only, page 0x1D not present, 0x100 and up no memory
-            flags = 1 if page == 0x1E else 0 if page == 0x1D else 7
+            # A and D as they come; no memory from SIZE on
+            flags = 1 if page * PAGE == READ_ONLY_PAGE else 0 if page * PAGE == ABSENT_PAGE else 7
             self._put_entry(PT + 8 * page, page * PAGE | flags)
         cpu.cr3 = PML4
         cpu.efer = Efer.SCE | Efer.LME | Efer.LMA | Efer.NXE
@@ -158,10 +160,9 @@ class Machine:
             exit = self.cpu.run(left)
             if exit is not None:
                 exits.append(exit)
-                size = getattr(exit, "size", None)
-                if size:
-                    self.cpu.replies.append(bytes(range(0xA1, 0xA1 + size)))
-                elif type(exit).__name__ in {"Halted", "Shutdown", "InternalError"}:
+                if isinstance(exit, IoIn | MmioRead):
+                    self.cpu.replies.append(bytes(range(0xA1, 0xA1 + exit.size)))
+                elif isinstance(exit, Halted | Shutdown | InternalError):
                     break
         return exits
 

@@ -1,14 +1,364 @@
-"""Translated code does exactly what the interpreter does."""
+"""Translated code does exactly what the interpreter does: both run the same program in step."""
 
 from __future__ import annotations
 
-from tests.model.duo import DATA, Duo
+import contextlib
+from random import Random
 
-RCX, RDI = 1, 7
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pykvm.errors import UnsupportedInstruction
+from pykvm.machine.exits import Halted, IoOut, MmioRead, MmioWrite, Shutdown
+from tests.model.duo import ABSENT_PAGE, CODE, DATA, PAGE, PT, READ_ONLY_PAGE, SIZE, STACK, Duo, Machine
+from tests.model.programs import Program
+
+RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
+BITS = (64, 32, 16)
+TF, IF = 0x100, 0x200
+
+# mov [rdi], rcx ; add rdi, 8 ; dec rcx ; jnz ; hlt
+STORES = bytes.fromhex("48890f 4883c708 48ffc9 75f4 f4")
+# mov rax, [rsi] ; add rsi, 8 ; add rdx, rax ; dec rcx ; jnz ; hlt
+LOADS = bytes.fromhex("488b06 4883c608 4801c2 48ffc9 75f1 f4")
 
 
-def test_store_loop_is_translated_and_equal() -> None:
-    # mov [rdi], rcx ; add rdi, 8 ; dec rcx ; jnz ; hlt
-    duo = Duo(64, bytes.fromhex("48890f 4881c708000000 48ffc9 75f1 f4"), {RCX: 1000, RDI: DATA})
-    duo.run(*[1] * 100, *[7] * 100, 5000)
-    assert duo.translated > 3000
+def names(exits: list[object]) -> list[str]:
+    return [type(exit).__name__ for exit in exits]
+
+
+# --- random programs --------------------------------------------------------------------------------------
+
+
+def check_random_program(bits: int, seed: int) -> Duo:
+    """A random program three times over, with the host in between: collecting, rewriting code, interrupts."""
+    random = Random(seed)
+    program = Program(random, bits)
+    duo = Duo(bits, program.code, program.registers)
+    for _ in range(3):
+        for _ in range(12):
+            exits = duo.run(random.choice([1, 2, 3, 5, 17, 100, 400]))
+            if any(isinstance(exit, Halted | Shutdown) for exit in exits):
+                break
+            disturb(duo, random, len(program.code))
+        if duo.plain.cpu.shut_down:
+            break
+        for machine in duo:
+            machine.cpu.halted = False
+            machine.cpu.pending_debug = 0
+            machine.cpu.rip, machine.cpu.rflags = CODE, 2
+            for number, value in program.registers.items():
+                machine.cpu.regs[number] = value
+    return duo
+
+
+def disturb(duo: Duo, random: Random, length: int) -> None:
+    """Sometimes, what hosts do between two runs."""
+    what = random.random()
+    if what < 0.15:
+        assert duo.plain.ram.collect() == duo.fast.ram.collect()
+    elif what < 0.2:
+        at, byte = CODE + random.randrange(length), bytes([random.choice([0x90, random.randrange(256)])])
+        for machine in duo:
+            machine.put(at, byte)
+    elif what < 0.23:
+        for machine in duo:
+            machine.cpu.rflags |= IF
+            machine.cpu.pending_interrupt = 0x20
+    elif what < 0.26:
+        for machine in duo:
+            machine.cpu.rflags ^= TF
+    elif what < 0.28:
+        for machine in duo:
+            machine.cpu.shadow = 1
+
+
+@pytest.mark.parametrize("bits", BITS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 1 << 32))
+def test_random_programs_agree(bits: int, seed: int) -> None:
+    with contextlib.suppress(UnsupportedInstruction):  # of bytes that the disturbance made
+        check_random_program(bits, seed)
+
+
+def test_random_programs_are_translated() -> None:
+    translated = executed = 0
+    for bits in BITS:
+        for seed in range(10):
+            duo = check_random_program(bits, seed)
+            translated += duo.translated
+            executed += duo.fast.cpu.instructions
+    assert translated > executed // 3
+
+
+# --- budgets ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", range(1, 12))
+def test_every_budget_ends_exactly(limit: int) -> None:
+    duo = Duo(64, STORES, {RCX: 200, RDI: DATA})
+    for _ in range(900 // limit):
+        duo.run(limit)
+    assert duo.translated > 0
+
+
+def test_a_budget_of_one_instruction_counts_the_same() -> None:
+    duo = Duo(64, STORES, {RCX: 200, RDI: DATA})
+    duo.run(400)
+    duo.run(*[1] * 50)
+    assert duo.fast.cpu.instructions == 450
+
+
+# --- faults -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [STORES, LOADS], ids=["stores", "loads"])
+@pytest.mark.parametrize("page", [READ_ONLY_PAGE, ABSENT_PAGE])
+@pytest.mark.parametrize("before", range(8 * 30, 8 * 34, 3))
+def test_a_fault_in_the_loop_finds_the_interpreters_state(code: bytes, page: int, before: int) -> None:
+    start = page - before
+    duo = Duo(64, code, {RCX: 500, RDI: start, RSI: start})
+    exits = duo.run(10_000)
+    assert Halted in map(type, exits)
+    assert duo.translated > 50
+    read_only_is_readable = code == LOADS and page == READ_ONLY_PAGE
+    assert (duo.fast.cpu.cr2 & -PAGE == page) == (not read_only_is_readable)
+
+
+def test_flags_at_a_fault_are_those_of_the_instruction_before() -> None:
+    # next: add eax, 0x11 ; mov [rdi], al ; inc rdi ; jmp next: faults with the flags of INC, CF of ADD
+    duo = Duo(64, bytes.fromhex("83c011 8807 48ffc7 ebf6"), {RDI: READ_ONLY_PAGE - 1, RAX: 0})
+    for start in range(READ_ONLY_PAGE - 41, READ_ONLY_PAGE - 20):
+        for machine in duo:
+            machine.cpu.regs[RDI], machine.cpu.rip = start, CODE
+        duo.run(400)
+    assert duo.translated > 500
+
+
+def test_a_pop_that_faults_leaves_the_stack_pointer() -> None:
+    # next: pop rax ; add rbx, rax ; jmp next
+    duo = Duo(64, bytes.fromhex("58 4801c3 ebfa"), {RSP: ABSENT_PAGE - 0x100})
+    duo.run(1000)
+    assert duo.fast.cpu.cr2 == ABSENT_PAGE
+    assert duo.translated > 20
+
+
+def test_a_wild_jump_faults_at_the_jump() -> None:
+    # next: dec rcx ; cmovz rax, rbx ; jmp rax
+    code = bytes.fromhex("48ffc9 480f44c3 ffe0")
+    duo = Duo(64, code, {RCX: 100, RAX: CODE, RBX: 1 << 60})
+    assert names(duo.run(1000)) == ["Halted"]
+    assert duo.translated > 100
+
+
+# --- exits ------------------------------------------------------------------------------------------------
+
+
+def test_mmio_in_the_loop() -> None:
+    # next: add [rdi], eax ; mov [rsi], rdx ; inc edx ; dec rcx ; jnz ; hlt: RDI is memory, RSI a hole
+    code = bytes.fromhex("0107 488916 ffc2 48ffc9 75f4 f4")
+    duo = Duo(64, code, {RCX: 60, RAX: 3, RDI: DATA, RSI: 0xFF000})
+    for machine in duo:
+        machine.put(PT + 8 * 0xFF, (SIZE + 0x5000 | 7).to_bytes(8, "little"))
+    exits = duo.run(1000)
+    assert exits[:-1] == [MmioWrite(SIZE + 0x5000, n.to_bytes(8, "little")) for n in range(60)]
+    assert duo.translated > 100
+
+
+def test_reads_of_a_hole_are_asked_for() -> None:
+    # next: mov eax, [rsi] ; add edx, eax ; dec rcx ; jnz ; hlt
+    duo = Duo(64, bytes.fromhex("8b06 01c2 48ffc9 75f7 f4"), {RCX: 60, RSI: SIZE})
+    assert names(duo.run(1000)) == ["MmioRead"] * 60 + ["Halted"]
+    assert duo.fast.cpu.regs[RDX] == 60 * 0xA4A3A2A1 & 0xFFFFFFFF
+    assert MmioRead(SIZE, 4) not in duo.run(1)
+
+
+def test_port_writes_between_translated_code() -> None:
+    # next: add eax, ecx ; xor edx, eax ; out 0x10, al ; dec rcx ; jnz ; hlt
+    duo = Duo(64, bytes.fromhex("01c8 31c2 e610 48ffc9 75f5 f4"), {RCX: 60})
+    exits = duo.run(1000)
+    assert sum(isinstance(exit, IoOut) for exit in exits) == 60
+    assert duo.translated > 100
+
+
+class FullRing(Machine):
+    """Handing out a page for writing makes an exit due, as a dirty ring does when it gets full."""
+
+    def __init__(self, bits: int, *, translate: bool) -> None:
+        super().__init__(bits, translate=translate)
+        ram, cpu = self.ram, self.cpu
+        handed_out: set[int] = set()
+        writable, write = ram.writable, ram.write
+
+        def log(gfn: int) -> None:
+            if gfn * PAGE < SIZE and gfn not in ram.watched and gfn not in handed_out:
+                handed_out.add(gfn)
+                cpu.exits.append(Shutdown())  # stands for DirtyRingFull
+
+        def logged_writable(gfn: int) -> memoryview | None:
+            log(gfn)
+            return writable(gfn)
+
+        def logged_write(gpa: int, data: bytes) -> list[MmioWrite]:
+            log(gpa // PAGE)
+            return write(gpa, data)
+
+        ram.writable, ram.write = logged_writable, logged_write  # type: ignore[method-assign]
+
+    def run_to_exit(self) -> object:
+        return self.cpu.run(100_000)
+
+
+def test_an_exit_for_a_full_ring_comes_behind_the_store() -> None:
+    plain, fast = FullRing(64, translate=False), FullRing(64, translate=True)
+    for machine in (plain, fast):
+        machine.put(CODE, STORES)
+        machine.cpu.regs[RCX], machine.cpu.regs[RDI] = 2000, DATA
+    for _ in range(5):
+        assert fast.run_to_exit() == plain.run_to_exit()
+        assert fast.seen() == plain.seen()
+    assert fast.cpu.translated > 5000
+
+
+# --- dirty pages ------------------------------------------------------------------------------------------
+
+
+def test_each_collection_finds_the_pages_written_since() -> None:
+    duo = Duo(64, bytes.fromhex("48890f 48ffc9 75f8 f4"), {RCX: 10_000, RDI: DATA})  # the same page for ever
+    duo.run(300)
+    for number in range(20):
+        for machine in duo:
+            machine.cpu.regs[RDI] = DATA + PAGE * (number % 3)
+        duo.plain.ram.collect(), duo.fast.ram.collect()
+        duo.run(50)
+        assert duo.fast.ram.dirty >= {(DATA + PAGE * (number % 3)) // PAGE}
+        assert duo.fast.ram.dirty == duo.plain.ram.dirty
+    assert duo.fast.ram.views > 10
+
+
+def test_an_untouched_page_is_not_dirty() -> None:
+    # next: cmp [rdi], rax ; jne over ; mov [rdi], rdx ; over: dec rcx ; jnz ; hlt: never stores
+    duo = Duo(64, bytes.fromhex("483907 7503 488917 48ffc9 75f3 f4"), {RCX: 200, RAX: 1, RDI: DATA})
+    duo.run(100)
+    duo.plain.ram.collect(), duo.fast.ram.collect()
+    duo.run(400)
+    assert duo.translated > 300
+    assert duo.fast.ram.dirty == set()
+
+
+# --- code that changes ------------------------------------------------------------------------------------
+
+
+def test_a_loop_that_rewrites_itself() -> None:
+    # next: add eax, 1 ; mov [rdi], cl (the immediate of ADD) ; dec ecx ; jnz ; hlt
+    duo = Duo(64, bytes.fromhex("83c001 880f ffc9 75f7 f4"), {RCX: 120, RDI: CODE + 2})
+    duo.run(1000)
+    assert duo.fast.cpu.regs[RAX] == 1 + sum(n if n < 0x80 else n - 0x100 for n in range(2, 121))
+
+
+def test_a_store_right_before_the_instruction_it_changes() -> None:
+    # next: mov [rdi], dl ; add eax, 1 (changed by the store before) ; xor dl, 0x55 ; dec ecx ; jnz ; hlt
+    code = bytes.fromhex("8817 83c001 80f255 ffc9 75f4 f4")
+    duo = Duo(64, code, {RCX: 100, RDX: 0x11, RDI: CODE + 4})
+    duo.run(1000)
+    assert duo.fast.cpu.regs[RAX] == 50 * (0x11 + 0x44)
+
+
+def test_translated_code_is_rewritten_by_other_code() -> None:
+    # twice: the loop at CODE + 0x20 is run hot, its immediate changed, and run again
+    outer = bytes.fromhex("b93c000000 e816000000 fe05 12000000 ffca 75ec f4").ljust(0x20, b"\x90")
+    duo = Duo(64, outer + bytes.fromhex("83c001 ffc9 75f9 c3"), {RDX: 6})
+    duo.run(4000)
+    assert duo.fast.cpu.regs[RAX] == 60 * (1 + 2 + 3 + 4 + 5 + 6)
+    assert duo.translated > 300
+
+
+def test_the_host_rewrites_translated_code() -> None:
+    duo = Duo(64, bytes.fromhex("83c001 ebfb"))
+    duo.run(100)
+    for machine in duo:
+        machine.put(CODE + 2, b"\x05")
+    duo.run(100, 100)
+    assert duo.fast.cpu.regs[RAX] == 50 + 100 * 5
+    assert duo.translated > 200
+
+
+def test_a_page_of_code_becomes_data_and_back() -> None:
+    duo = Duo(64, STORES, {RCX: 100, RDI: DATA})
+    duo.run(1000)
+    for machine in duo:
+        machine.put(CODE + 0x800, STORES)
+        machine.cpu.rip, machine.cpu.halted = CODE + 0x800, False
+        machine.cpu.regs[RCX], machine.cpu.regs[RDI] = 200, CODE  # over the first loop, and on to itself
+    exits = duo.run(5000)
+    assert exits
+    assert duo.fast.ram.bytes[CODE : CODE + 8] == (200).to_bytes(8, "little")
+
+
+# --- page tables ------------------------------------------------------------------------------------------
+
+
+def test_the_loop_moves_its_own_page() -> None:
+    # next: mov [rdi], rcx ; mov [rsi], rdx ; xor rdx, 0x3000 ; dec rcx ; jnz ; hlt: RSI is the entry of RDI
+    code = bytes.fromhex("48890f 488916 4881f200300000 48ffc9 75ee f4")
+    entry = DATA + PAGE | 0x67
+    duo = Duo(64, code, {RCX: 101, RDI: DATA, RSI: PT + DATA // PAGE * 8, RDX: entry})
+    duo.run(1000)
+    moved = entry ^ 0x3000 & -PAGE
+    first, second = entry & -PAGE, moved & -PAGE
+    written = {duo.fast.ram.bytes[at] for at in (first, second)}
+    assert written == {1, 2}
+
+
+def test_accessed_and_dirty_bits_are_set_by_translated_loops() -> None:
+    duo = Duo(64, STORES, {RCX: 1500, RDI: DATA})
+    for machine in duo:
+        machine.put(
+            PT + DATA // PAGE * 8, b"".join((DATA + n * PAGE | 7).to_bytes(8, "little") for n in range(4))
+        )
+    duo.run(10_000)
+    flags = [duo.fast.ram.bytes[PT + (DATA // PAGE + n) * 8] for n in range(4)]
+    assert flags == [0x67, 0x67, 0x67, 0x07]
+
+
+# --- events -----------------------------------------------------------------------------------------------
+
+
+def test_an_interrupt_ends_the_loop_where_it_ends_the_interpreters() -> None:
+    duo = Duo(64, STORES, {RCX: 1000, RDI: DATA})
+    duo.run(203)
+    for machine in duo:
+        machine.cpu.rflags |= IF
+        machine.cpu.pending_interrupt = 0x1F
+    assert names(duo.run(10)) == ["Halted"]
+
+
+def test_single_step_traps_after_each_instruction() -> None:
+    duo = Duo(64, STORES, {RCX: 1000, RDI: DATA})
+    duo.run(200)
+    before = duo.translated
+    for machine in duo:
+        machine.cpu.rflags |= TF
+    assert names(duo.run(10)) == ["Halted"]
+    assert duo.translated == before
+
+
+def test_a_data_breakpoint_stops_translated_code() -> None:
+    duo = Duo(64, STORES, {RCX: 1000, RDI: DATA})
+    duo.run(200)
+    for machine in duo:
+        machine.cpu.dr[0] = DATA + 8 * 100
+        machine.cpu.dr7 = 0x400 | 1 | 0b1001 << 16  # enabled, 8 bytes, on writes
+    exits = duo.run(5000)
+    assert names(exits) == ["Halted"]
+    assert duo.fast.cpu.regs[RDI] in {DATA + 8 * 100, DATA + 8 * 101}
+
+
+def test_calls_and_returns_within_a_page() -> None:
+    # next: call f ; dec rcx ; jnz ; hlt ; f: push rcx ; pop rdx ; add rax, rdx ; ret
+    duo = Duo(64, bytes.fromhex("e806000000 48ffc9 75f6 f4 51 5a 4801d0 c3"), {RCX: 300})
+    duo.run(*[13] * 20, 5000)
+    assert duo.fast.cpu.regs[RAX] == 300 * 301 // 2
+    assert duo.fast.cpu.regs[RSP] == STACK
+    assert duo.translated > 1500
