@@ -257,6 +257,15 @@ class DestinationLostError(PykvmError):
     exit_status = 12
 
 
+# --- cross-check ---------------------------------------------------------------------------------
+
+
+class DisagreementError(PykvmError):
+    """Two machines, or a machine and the processor, disagree about a case and no rule explains it."""
+
+    exit_status = 13
+
+
 # --- errno ---------------------------------------------------------------------------------------
 
 _GENERIC_ADVICE = {
