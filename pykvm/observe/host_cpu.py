@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from pykvm.errors import ClosedError, HostError, UsageError
-from pykvm.observe.arena import CODE, PAGE, Arena, Changes
+from pykvm.observe.arena import CODE, DATA, PAGE, Arena, Changes
 from pykvm.observe.child import ChildDiedError, TracedChild
 from pykvm.observe.refusals import is_repeated_string, refusal, split
 from pykvm.x86.bits import Rflags
@@ -26,6 +26,8 @@ FLAGS: Final = int(
 """The flags that a case may set and an outcome tells; the kernel owns the others."""
 
 _OWN_FLAGS: Final = int(Rflags.FIXED | Rflags.IF)
+_STICKY_FLAGS: Final = int(Rflags.ID | Rflags.NT)
+"""What POPF and IRET can set and ptrace cannot clear."""
 _CS: Final = {64: 0x33, 32: 0x23}
 _DATA_SELECTOR: Final = 0x2B
 _NO_SYSTEM_CALL: Final = 2**64 - 1
@@ -150,7 +152,17 @@ class HostCpu:
             floating = _from_fxsave(child.floating)
             if vector == Vector.MF and not floating.fsw & _ERROR_SUMMARY:
                 vector = Vector.XM
-        return HostOutcome(self._registers(), floating, arena.changes(), vector, fault_address)
+        outcome = HostOutcome(self._registers(), floating, arena.changes(), vector, fault_address)
+        if child.registers.eflags & _STICKY_FLAGS:
+            self._clear_flags()
+        return outcome
+
+    def _clear_flags(self) -> None:
+        """Let the child execute POPF, so that the next case starts without them."""
+        self._arena.set_code(CODE, b"\x9d", STOP)
+        self._arena.set_data({DATA: _OWN_FLAGS.to_bytes(8, "little")})
+        self._set_registers(HostCase(b"\x9d", Registers(rip=CODE, rsp=DATA)))
+        self._child.step()
 
     def _set_registers(self, case: HostCase) -> None:
         values, target = case.registers, self._child.registers
@@ -179,11 +191,12 @@ class HostCpu:
         registers = self._child.registers
         body = split(case.code, self.bits)[1]
         if stopped == signal.SIGTRAP:
-            if run_on and code == _SI_KERNEL:
-                registers.rip -= 1  # behind the INT3 that follows the instruction
-                return None, None
-            if code == _SI_KERNEL:
+            if code == _SI_KERNEL and body[:1] == b"\xcc":
                 return Vector.BP, None
+            if code == _SI_KERNEL:
+                # Behind the INT3 that follows: it was run to, or MOV SS and POP SS put off the step's trap.
+                registers.rip -= 1
+                return None, None
             return (None if code == _TRAP_TRACE else Vector.DB), None
         if stopped == signal.SIGSEGV and code in {_SEGV_MAPERR, _SEGV_ACCERR}:
             if run_on and registers.rip == address:

@@ -7,13 +7,16 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from pykvm.errors import ClosedError, UsageError
 from pykvm.observe import HostCase, HostCpu, HostOutcome
 from pykvm.observe.arena import CODE, DATA, DATA_END, PAGE, READ_ONLY, changes
+from pykvm.observe.cpuid import host_cpuid
 from pykvm.x86.bits import Rflags
+from pykvm.x86.cpuid import find
 from pykvm.x86.exceptions import Vector
 from pykvm.x86.fpu import FloatingPoint
 from pykvm.x86.registers import Registers
@@ -124,6 +127,25 @@ def test_code_that_passes_its_page_faults(cpu64: HostCpu) -> None:
 def test_pushf_does_not_show_the_trap_flag(cpu64: HostCpu) -> None:
     out = run(cpu64, "9c", rsp=DATA + 64, rflags=2 | Rflags.CF)
     assert out.memory == ((DATA + 56, b"\x03\x02"),)
+
+
+def test_a_load_of_ss_puts_off_the_trap_and_not_the_outcome(cpu64: HostCpu) -> None:
+    out = run(cpu64, "8ed3", rbx=0x2B)  # mov ss, ebx
+    assert (out.vector, out.registers.rip) == (None, CODE + 2)
+
+
+def test_cpuid_is_the_host_s(cpu64: HostCpu) -> None:
+    leaves = host_cpuid(cpu64)
+    assert {find(leaves, 0), find(leaves, 1), find(leaves, 7)} & {None} == set()
+    first = find(leaves, 0)
+    assert first is not None
+    vendor = b"".join(n.to_bytes(4, "little") for n in (first.ebx, first.edx, first.ecx)).decode()
+    assert vendor in Path("/proc/cpuinfo").read_text()
+
+
+def test_flags_that_an_instruction_sets_do_not_stay(cpu64: HostCpu) -> None:
+    run(cpu64, "9d", rsp=DATA, memory={DATA: (2 | Rflags.ID | Rflags.NT).to_bytes(8, "little")})  # popf
+    assert run(cpu64, "9c", rsp=DATA + 8).memory == ((DATA, b"\x02\x02"),)  # pushf
 
 
 def test_sse_and_x87_state_goes_in_and_out(cpu64: HostCpu) -> None:
