@@ -29,6 +29,7 @@ from pykvm.model.cpu import (  # noqa: F401
     sse_integer,
     sse_moves,
     sse_shuffles,
+    sse_strings,
     stack,
     strings,
     system,
