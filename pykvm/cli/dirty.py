@@ -157,6 +157,7 @@ def command(session: Session, workload: str, seconds: float, interval: float, **
     config = guest_config(workload, options)
     tracker = tracker_of(options)
     with open_system(session.backend) as system:
+        session.tell_choice(system)
         with WorkloadGuest.create(system, config, prepare=tracker.prepare) as guest:
             guest.runner.on_ring_full = tracker.on_ring_full
             tracker.arm(guest.machine)

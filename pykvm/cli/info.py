@@ -59,6 +59,13 @@ def mmu_facts(host: Host, modes: list[ModeResult]) -> dict[str, Any]:
     return {"kind": kind, "tdp_mmu": host.tdp_mmu, "evidence": evidence}
 
 
+_MODEL_MMU: dict[str, Any] = {
+    "kind": "none",
+    "tdp_mmu": None,
+    "evidence": "the model walks the guest's own tables and keeps no others",
+}
+
+
 def missing_facts(capabilities: dict[str, int], modes: list[ModeResult]) -> list[dict[str, str]]:
     """What this host lacks of the things that pykvm can use, each with a remedy."""
     missing = [
@@ -165,8 +172,10 @@ def command(session: Session, show_all: bool) -> None:
             capabilities = {name: value for name, value in answers.items() if value}
             session.document |= {"api_version": system.api_version, "limits": _limits(system, capabilities)}
         modes = measure_modes(system)
-        mmu = mmu_facts(host, modes)
-        missing = missing_facts(capabilities, modes)
+        on_kvm = isinstance(system, KvmSystem)
+        mmu = mmu_facts(host, modes) if on_kvm else _MODEL_MMU
+        missing = missing_facts(capabilities, modes) if on_kvm else []
+        description = system.description
         session.document |= {
             "backend": system.backend,
             "mmu": mmu,
@@ -174,7 +183,7 @@ def command(session: Session, show_all: bool) -> None:
             "capabilities": capabilities,
             "missing": missing,
         }
-    rows = {"backend": session.document["backend"], "MMU": f"{mmu['kind']} ({mmu['evidence']})"}
+    rows = {"backend": description, "MMU": f"{mmu['kind']} ({mmu['evidence']})"}
     if limits := session.document.get("limits"):
         rows["limits"] = (
             f"{count_text(limits['vcpus'])} vCPUs, {count_text(limits['memslots'])} memslots, "
@@ -184,6 +193,16 @@ def command(session: Session, show_all: bool) -> None:
     session.out.print(_facts_table(rows))
     session.out.print()
     session.out.print(_modes_table(modes))
+    if on_kvm:
+        _print_capabilities(session, capabilities, show_all=show_all)
+    if missing:
+        session.out.print()
+        session.out.print("[bold]missing here[/]")
+        for item in missing:
+            session.out.print(f"  {item['what']}: {item['remedy']}", markup=False, soft_wrap=True)
+
+
+def _print_capabilities(session: Session, capabilities: dict[str, int], *, show_all: bool) -> None:
     session.out.print()
     session.out.print(_capabilities_table(capabilities))
     rest = [name for name in capabilities if name not in {item.name for item in IMPORTANT}]
@@ -192,8 +211,3 @@ def command(session: Session, show_all: bool) -> None:
         session.out.print(_facts_table({name: count_text(capabilities[name]) for name in rest}))
     else:
         session.out.print(f"[dim]and {len(rest)} more; --all lists them[/]")
-    if missing:
-        session.out.print()
-        session.out.print("[bold]missing here[/]")
-        for item in missing:
-            session.out.print(f"  {item['what']}: {item['remedy']}", markup=False, soft_wrap=True)

@@ -95,6 +95,7 @@ def _both(
     )
     with contextlib.ExitStack() as cleanup:
         system = cleanup.enter_context(open_system(session.backend))
+        session.tell_choice(system)
         folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="pykvm-"))
 
         def destination(attempt: int) -> DestinationProcess:

@@ -57,6 +57,7 @@ def command(
     The line 'listening at ADDRESS' on standard error says that a sender can connect.
     """
     with open_system(session.backend) as system, listen(address) as listener:
+        session.tell_choice(system)
         session.note(f"{LISTENING}{listener.address}")
         channel = listener.accept(accept_timeout)
         with ProgressDisplay(session) as progress:

@@ -47,5 +47,7 @@ def command(
         sabotage=sabotage,
         report_path=report_path,
     )
-    with open_system(session.backend) as system, sending.start(system, warm_up) as guest:
-        sending.attempt(guest, attempts, lambda: sending.move(guest, connect(where)))
+    with open_system(session.backend) as system:
+        session.tell_choice(system)
+        with sending.start(system, warm_up) as guest:
+            sending.attempt(guest, attempts, lambda: sending.move(guest, connect(where)))

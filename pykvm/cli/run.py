@@ -13,7 +13,7 @@ import click
 from pykvm.backends import open_system
 from pykvm.cli.parameters import duration_type, number_type, size_type
 from pykvm.cli.session import Session, common_options
-from pykvm.errors import GuestTimeoutError, UsageError
+from pykvm.errors import CapabilityError, GuestTimeoutError, UsageError
 from pykvm.guest.devices import DeviceBus
 from pykvm.guest.images import FORMATS, Image, load_image
 from pykvm.guest.launch import BootExtras, LaunchedGuest, launch
@@ -237,7 +237,11 @@ def command(
     tracker = None if log == "none" else make_tracker(log, ring_entries=ring_entries)
 
     def prepare(machine: Machine) -> None:
-        if irqchip and isinstance(machine, KvmVm):
+        if irqchip:
+            if not isinstance(machine, KvmVm):
+                raise CapabilityError(
+                    "The reference machine has no interrupt controllers; do without --irqchip."
+                )
             machine.create_irqchip()
         if tracker is not None:
             tracker.prepare(machine)
@@ -245,6 +249,7 @@ def command(
     board = Board(session, serial, post_port, memory, trace=trace_exits)
     session.document |= {"image": str(image), "format": parsed.format, "mode": parsed.mode.value}
     with open_system(session.backend) as system:
+        session.tell_choice(system)
         with launch(
             system,
             parsed,

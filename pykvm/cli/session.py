@@ -13,6 +13,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from pykvm.machine import System
 from pykvm.report.document import encode
 
 _PLAIN_WIDTH = 120
@@ -55,6 +56,11 @@ class Session:
     def note(self, text: str) -> None:
         """One line of progress, free of markup."""
         self.progress.print(text, markup=False, soft_wrap=True)
+
+    def tell_choice(self, system: System) -> None:
+        """Say so where ``auto`` had to take the model, which is slower by orders of magnitude."""
+        if self.backend == "auto" and system.backend == "model":
+            self.note(system.description)
 
     def print_document(self) -> None:
         """The JSON object, on standard output, if it was asked for."""
