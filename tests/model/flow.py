@@ -131,6 +131,11 @@ class World:
         self.put(TSS2 + 14, struct.pack("<15H", *words))
         return self.put(DATA, "f4")
 
+    def frame(self, *values: int, size: int = 4) -> World:
+        """Put values onto the stack, the topmost first."""
+        self.registers.rsp -= size * len(values)
+        return self.put(self.registers.rsp, b"".join(value.to_bytes(size, "little") for value in values))
+
     def set(self, **registers: int) -> World:
         for name, value in registers.items():
             setattr(self.registers, name, value)
