@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pykvm.model.cpu import flags
 from pykvm.model.cpu.faults import Fault
-from pykvm.model.cpu.flags import AF, CF, OF, PF, SF, STATUS, ZF, signed
+from pykvm.model.cpu.flags import AF, CF, OF, PARITY, PF, SF, STATUS, ZF, signed
 from pykvm.model.cpu.implicit import require
 from pykvm.model.cpu.instruction import Immediate, Memory, Operand
 from pykvm.model.cpu.semantics import semantics
@@ -73,9 +73,12 @@ def _scan(cpu: Processor, insn: Instruction, backwards: bool) -> None:
     """Of a zero source the target keeps its value: undefined in the SDM, documented by AMD (APM vol. 3)."""
     target, source = insn.operands
     value = source.read(cpu)
+    status = ZF | PF
     if value:
-        target.write(cpu, value.bit_length() - 1 if backwards else _trailing_zeros(value))
-    cpu.rflags = cpu.rflags & ~ZF | (0 if value else ZF)
+        index = value.bit_length() - 1 if backwards else _trailing_zeros(value)
+        target.write(cpu, index)
+        status = PARITY[index]
+    cpu.rflags = cpu.rflags & ~STATUS | status
 
 
 def _trailing_zeros(value: int) -> int:
@@ -97,7 +100,7 @@ def _count_zeros(cpu: Processor, insn: Instruction, count: int) -> None:
     target = insn.operands[0]
     target.write(cpu, count)
     status = (CF if count == 8 * target.size else 0) | (0 if count else ZF)
-    cpu.rflags = cpu.rflags & ~(CF | ZF) | status
+    cpu.rflags = cpu.rflags & ~(STATUS ^ OF) | status
 
 
 @semantics("tzcnt", undefined=OF | SF | AF | PF)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pykvm.model.cpu import flags
-from pykvm.model.cpu.flags import AF, CF, MASK, PF, SF, STATUS, ZF, signed
+from pykvm.model.cpu.flags import AF, CF, MASK, PF, SF, STATUS, signed
 from pykvm.model.cpu.implicit import get, require
 from pykvm.model.cpu.instruction import RDX
 from pykvm.model.cpu.semantics import semantics
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def _set_logic(cpu: Processor, result: int, size: int, carry: bool = False) -> None:
-    """SF and ZF of the result, OF clear, CF as given; AF and PF are undefined: they are cleared."""
-    status = flags.logic(result, size) & ~PF | (CF if carry else 0)
+    """SF and ZF of the result, OF clear, CF as given; AF and PF are undefined: clear, and of the result."""
+    status = flags.logic(result, size) | (CF if carry else 0)
     cpu.rflags = cpu.rflags & ~STATUS | status
 
 
@@ -41,7 +41,7 @@ def bextr(cpu: Processor, insn: Instruction) -> None:
     start, length = control.read(cpu) & 0xFF, control.read(cpu) >> 8 & 0xFF
     result = source.read(cpu) >> start & (1 << length) - 1
     target.write(cpu, result)
-    cpu.rflags = cpu.rflags & ~STATUS | (0 if result else ZF)
+    cpu.rflags = cpu.rflags & ~STATUS | AF | flags.of_result(result, target.size) & ~SF
 
 
 @semantics("blsi", undefined=AF | PF)

@@ -18,7 +18,7 @@ from pykvm.model.cpu.prefixes import InvalidEncodingError, Prefixes
 
 _CODE_64: Final = 64
 _STRINGS: Final = frozenset((*range(0x6C, 0x70), *range(0xA4, 0xA8), *range(0xAA, 0xB0)))
-_PAUSE: Final = 0x90
+_NOP: Final = 0x90
 _VEX: Final = frozenset({0xC4, 0xC5})
 _EVEX: Final = 0x62
 _REGISTER_FORM: Final = 0xC0
@@ -108,14 +108,17 @@ def shown(found: Prefixes, body: bytes, bits: int, amd: bool) -> Shown:
 
 
 def _prefixes_of_one_byte_opcode(found: Prefixes, opcode: int, bits: int) -> bytes:
-    """66 loses against REX.W (SDM vol. 2, 2.2.1.2) and has no meaning for PAUSE; F2 and F3 have one for
-    string instructions and PAUSE alone."""
-    if opcode not in _STRINGS and opcode != _PAUSE:
+    """REX.W wins over 66 (SDM vol. 2, 2.2.1.2); F2 and F3 matter to string instructions and PAUSE alone.
+
+    PAUSE is F3 90 without REX.B; 66 does nothing to it.
+    """
+    pause = opcode == _NOP and not found.rex & 1 and found.rep == 0xF3
+    if opcode not in _STRINGS and not pause:
         found.rep = 0
-    if found.wide or (opcode == _PAUSE and found.rep == 0xF3):
+    if found.wide or pause:
         found.operand = False
-    if bits == _CODE_64 and opcode == 0x63 and found.address:
-        # MOVSXD: capstone rejects the address-size prefix (host); the operand's mask still follows it.
+    if pause or (bits == _CODE_64 and opcode == 0x63):
+        # capstone rejects the address-size prefix (host); MOVSXD's operand still follows it by its mask.
         return found.canonical(address=False)
     return found.canonical()
 

@@ -18,20 +18,15 @@ if TYPE_CHECKING:
 
 def _adjust(cpu: Processor, direction: int) -> None:
     """DAA (1) and DAS (-1): AL corrected to two decimal digits after an addition or subtraction."""
-    value = al = get(cpu, RAX, 1)
-    status = 0
-    if al & 0xF > 9 or cpu.rflags & AF:
-        value += 6 * direction
-        status = AF
-        # Of DAS the borrow out of AL counts as carry; of DAA the second test implies it.
-        if value < 0:
-            status |= CF
-    if al > 0x99 or cpu.rflags & CF:
-        value += 0x60 * direction
-        status |= CF
-    value &= 0xFF
+    al = get(cpu, RAX, 1)
+    low = 6 if al & 0xF > 9 or cpu.rflags & AF else 0
+    high = 0x60 if al > 0x99 or cpu.rflags & CF else 0
+    combine = flags.add if direction > 0 else flags.subtract
+    value, status = combine(al, low + high, 0, 1)
+    # A borrow from the lower correction of DAS alone is a carry, too; DAA has none.
+    status = status & ~(AF | CF) | (AF if low else 0) | (CF if high or al + low * direction < 0 else 0)
     put(cpu, RAX, 1, value)
-    cpu.rflags = cpu.rflags & ~STATUS | status | flags.of_result(value, 1)
+    cpu.rflags = cpu.rflags & ~STATUS | status
 
 
 @semantics("daa", undefined=OF)
@@ -80,9 +75,10 @@ def aam(cpu: Processor, insn: Instruction) -> None:
 def aad(cpu: Processor, insn: Instruction) -> None:
     """AH * base + AL in AL, zero in AH."""
     ax = get(cpu, RAX, 2)
-    value = (ax >> 8) * insn.operands[0].read(cpu) + ax & 0xFF
+    product = (ax >> 8) * insn.operands[0].read(cpu) & 0xFF
+    value, status = flags.add(ax & 0xFF, product, 0, 1)
     put(cpu, RAX, 2, value)
-    cpu.rflags = cpu.rflags & ~STATUS | flags.of_result(value, 1)
+    cpu.rflags = cpu.rflags & ~STATUS | status
 
 
 @semantics("salc")

@@ -59,6 +59,11 @@ def imul(cpu: Processor, insn: Instruction) -> None:
     _set_overflow(cpu, product != signed(product & MASK[size], size))
 
 
+def _set_undefined(cpu: Processor) -> None:
+    """All flags are undefined after a division; this is what AMD Zen leaves there."""
+    cpu.rflags = cpu.rflags & ~(SF | ZF | PF) | AF
+
+
 @semantics("div", undefined=STATUS)
 def div(cpu: Processor, insn: Instruction) -> None:
     (source,) = insn.operands
@@ -69,6 +74,7 @@ def div(cpu: Processor, insn: Instruction) -> None:
     if quotient > MASK[source.size]:
         raise Fault.de()
     _put_double(cpu, source.size, remainder, quotient)
+    _set_undefined(cpu)
 
 
 @semantics("idiv", undefined=STATUS)
@@ -88,3 +94,4 @@ def idiv(cpu: Processor, insn: Instruction) -> None:
     if quotient != signed(quotient & MASK[size], size):
         raise Fault.de()
     _put_double(cpu, size, remainder & MASK[size], quotient & MASK[size])
+    _set_undefined(cpu)

@@ -1,6 +1,7 @@
 """Shifts and rotates (SDM vol. 2, SAL/SAR/SHL/SHR, RCL/RCR/ROL/ROR, SHLD, SHRD).
 
-The count is taken modulo 32, of 8-byte operands modulo 64; a count of zero changes no flag.
+The count is taken modulo 32, of 8-byte operands modulo 64; a count of zero changes no flag.  Of what the SDM
+leaves undefined AF becomes set, and OF tells of the last of ``count`` steps by one (AMD Zen).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from pykvm.model.cpu import flags
-from pykvm.model.cpu.flags import AF, CF, MASK, OF, SIGN, STATUS
+from pykvm.model.cpu.flags import AF, CF, MASK, OF, STATUS
 from pykvm.model.cpu.semantics import Execute, semantics
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def _shift_with(shift: Shift) -> Execute:
         result, carry, overflow = shift(value, count, target.size, 0)
         target.write(cpu, result)
         status = flags.of_result(result, target.size) | (CF if carry else 0) | (OF if overflow else 0)
-        cpu.rflags = cpu.rflags & ~STATUS | status
+        cpu.rflags = cpu.rflags & ~STATUS | AF | status
 
     return execute
 
@@ -167,14 +168,14 @@ def _double_shift(cpu: Processor, insn: Instruction, left: bool) -> None:
     if left:
         wide = ((value << bits | fill) << bits | fill) << count
         result, carry = wide >> 2 * bits & MASK[size], wide >> 3 * bits & 1
+        overflow = carry ^ result >> bits - 1
     else:
         wide = (fill << bits | fill) << bits | value
         result, carry = wide >> count & MASK[size], wide >> count - 1 & 1
-    status = flags.of_result(result, size) | (CF if carry else 0)
-    if (result ^ value) & SIGN[size]:
-        status |= OF
+        overflow = result >> bits - 1 ^ result >> bits - 2 & 1
+    status = flags.of_result(result, size) | (CF if carry else 0) | (OF if overflow else 0)
     target.write(cpu, result)
-    cpu.rflags = cpu.rflags & ~STATUS | status
+    cpu.rflags = cpu.rflags & ~STATUS | AF | status
 
 
 @semantics("shld", undefined=_undefined_after_double_shift)
