@@ -1,4 +1,4 @@
-"""The product of page-table bits, control bits and kinds of access in long mode, as numbered cases.
+"""The product of page-table bits, control bits and kinds of access, as numbered cases.
 
 A case is one access to one linear address whose path of entries, from the root to the leaf, is ordinary but
 for the leaf and one entry above it.  Its number means the same on every host; which numbers can run depends
@@ -20,19 +20,25 @@ from pykvm.x86.bits import Cr0, Cr4, Efer, Pte, Rflags
 from pykvm.x86.cpuid import CpuidEntry, find, has_1g_pages, has_la57, physical_address_bits
 
 LINEAR: Final = 1 << 48 | 1 << 39 | 2 << 30 | 1 << 21 | 3 << 12 | 0x120
-"""The address accessed: entry 1 of the root, then 1 (of five levels), 2, 1 and 3, and an offset."""
+"""The address accessed: with five levels the entries 1, 1, 2, 1 and 3, and an offset; with fewer its lower
+bits."""
 KEY: Final = 5
-"""The protection key of every leaf."""
+"""The protection key of every leaf of 4 and 5 levels."""
 _KEY_BITS: Final = KEY << 59
 _ALL_RIGHTS: Final = int(Pte.RW | Pte.US)
 _BIT_51: Final = 1 << 51
 _IGNORED: Final = 7 << 9 | 0x7F << 52
 """Bits 11:9 and 58:52 (SDM vol. 3, tables 4-15 to 4-20)."""
-_LEAST_LARGE_RESERVED: Final = 1 << 13
+_LOWEST_IN_FRAME: Final = {21: 1 << 13, 22: 1 << 21, 30: 1 << 13}
+"""By page shift the lowest bit of a frame's address that is reserved (PSE-36 uses bits 20:13)."""
 
 
 class Features(NamedTuple):
-    """What decides whether a case can run; ``physical_bits`` is MAXPHYADDR."""
+    """What decides whether a case can run.
+
+    ``physical_bits`` is MAXPHYADDR.  ``legacy`` is 32-bit and PAE paging, which no CPUID bit announces: some
+    hosts can page in long mode only (docs/reference/hosts.md C.1).
+    """
 
     physical_bits: int
     nx: bool
@@ -41,6 +47,7 @@ class Features(NamedTuple):
     smep: bool
     smap: bool
     pku: bool
+    legacy: bool = True
 
     @classmethod
     def of(cls, cpuid: Iterable[CpuidEntry]) -> Self:
@@ -67,6 +74,7 @@ class Features(NamedTuple):
         """The dimensions of the product that cannot be tried."""
         missing = (
             (self.nx, "EFER.NXE = 1"),
+            (self.legacy, "32-bit and PAE paging"),
             (self.la57, "5-level paging"),
             (self.smep, "CR4.SMEP = 1"),
             (self.smap, "CR4.SMAP = 1"),
@@ -89,17 +97,32 @@ class Kind(Enum):
 
 
 class Shape(NamedTuple):
-    """Levels of paging, bits of the page's offset, and which entry above the leaf is out of the ordinary
-    (0 is the root's)."""
+    """Levels of paging (2 is 32-bit paging, 3 is PAE), bits of the page's offset, and which entry above the
+    leaf is out of the ordinary (0 is the root's), None where there is none that could be."""
 
     levels: int
     page_shift: int
-    upper: int
+    upper: int | None
 
     @property
     def depth(self) -> int:
         """Entries on the path, the leaf among them."""
-        return self.levels - (self.page_shift - 12) // 9
+        return self.levels - (self.page_shift > 12) - (self.page_shift > 22)
+
+    @property
+    def entry_bytes(self) -> int:
+        """Size of an entry."""
+        return 4 if self.levels == 2 else 8
+
+    @property
+    def linear(self) -> int:
+        """The address accessed."""
+        return LINEAR & (1 << {2: 32, 3: 32, 4: 47, 5: 56}[self.levels]) - 1
+
+    def entry_offset(self, level: int) -> int:
+        """Where in its table the entry for the address lies; level 0 is the root's."""
+        bits = 10 if self.levels == 2 else 9
+        return self.entry_bytes * (self.linear >> 12 + bits * (self.levels - 1 - level) & (1 << bits) - 1)
 
 
 class Control(NamedTuple):
@@ -140,12 +163,6 @@ def _rights() -> Iterator[int]:
 _P, _A, _D, _NX = int(Pte.P), int(Pte.A), int(Pte.D), int(Pte.NX)
 _ABSENT: Final = (0, _ALL_RIGHTS | _A | _D | _NX | _BIT_51 | _IGNORED)
 
-_SHAPES: Final = tuple(
-    Shape(levels, shift, upper)
-    for levels in (4, 5)
-    for shift in (12, 21, 30)
-    for upper in range(levels - (shift - 12) // 9 - 1)
-)
 _KINDS: Final = tuple(product(Kind, (3, 0)))
 _CONTROLS: Final = tuple(
     Control(wp, nxe, smep, smap, ac, pke, rights)
@@ -169,10 +186,40 @@ _UPPERS: Final = (
     *(Upper(flags, "", 0) for flags in _ABSENT),
     Upper(_P | _ALL_RIGHTS | _IGNORED | _D, "", _A),
 )
-_DIGITS: Final = (len(_KINDS), len(_CONTROLS), len(_LEAVES), len(_UPPERS), len(_SHAPES))
+_ORDINARY: Final = Upper(_P | _ALL_RIGHTS, "", 0)
+
+
+def _paths() -> Iterator[tuple[Shape, Upper]]:
+    """Every upper entry at every place, without those that make the same path."""
+    for levels in (4, 5):
+        for shift in (12, 21, 30):
+            seen = set()
+            depth = Shape(levels, shift, None).depth
+            for place, upper in product(range(depth - 1), _UPPERS):
+                others = _ORDINARY.flags | upper.others
+                path = tuple(upper[:2] if at == place else (others, "") for at in range(depth - 1))
+                if path not in seen:
+                    seen.add(path)
+                    yield Shape(levels, shift, place), upper
+    # PAE's PDPTEs have none of the bits, so only a PDE is left; 4-byte entries have no upper half.
+    yield from ((Shape(3, 12, 1), upper) for upper in _UPPERS if not upper.others)
+    yield Shape(3, 21, None), _ORDINARY
+    narrow = (upper for upper in _UPPERS if not (upper.others or upper.flags & _NX or upper.reserved))
+    yield from ((Shape(2, 12, 0), upper) for upper in narrow)
+    yield Shape(2, 22, None), _ORDINARY
+
+
+_PATHS: Final = tuple(_paths())
+_DIGITS: Final = (len(_KINDS), len(_CONTROLS), len(_LEAVES), len(_PATHS))
 TOTAL: Final = prod(_DIGITS)
-"""Cases on a processor with every feature.  About a tenth repeat another one: where the entry above the leaf
-is like the others its place makes no difference, and a path of two entries has no others."""
+"""Cases on a processor with every feature.  All differ but in 32-bit paging, where leaves whose upper half
+differs are the same."""
+
+
+def first_legacy() -> int:
+    """The index of an access by PAE paging that every right permits."""
+    path = next(number for number, (shape, _) in enumerate(_PATHS) if shape.levels == 3)
+    return path * prod(_DIGITS[:-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,38 +243,41 @@ class PagingCase:
         for size in _DIGITS:
             rest, digit = divmod(rest, size)
             chosen.append(digit)
-        kind, control, leaf, upper, shape = chosen
-        return cls(index, *_KINDS[kind], _CONTROLS[control], _LEAVES[leaf], _UPPERS[upper], _SHAPES[shape])
+        kind, control, leaf, path = chosen
+        shape, upper = _PATHS[path]
+        return cls(index, *_KINDS[kind], _CONTROLS[control], _LEAVES[leaf], upper, shape)
 
     def entries(self, tables: int, frame: int, physical_bits: int) -> tuple[tuple[int, int], ...]:
         """(gpa, value) of the path's entries, the root's first.
 
         The tables lie in the pages from ``tables`` on, one per level; ``frame`` is the page's address.
         """
-        path = []
-        for level in range(self.shape.depth):
-            shift = 12 + 9 * (self.shape.levels - 1 - level)
-            at = tables + (level << 12) + 8 * (LINEAR >> shift & 0x1FF)
-            if level == self.shape.depth - 1:
+        shape, path = self.shape, []
+        for level in range(shape.depth):
+            if level == shape.depth - 1:
                 entry = frame | self._leaf(physical_bits)
-            elif level == self.shape.upper:
+            elif level == shape.upper:
                 entry = tables + (level + 1 << 12) | self._upper(physical_bits)
+            elif shape.levels == 3 and level == 0:
+                entry = tables + (level + 1 << 12) | _P
             else:
-                entry = tables + (level + 1 << 12) | _P | _ALL_RIGHTS | self.upper.others
-            path.append((at, entry))
+                entry = tables + (level + 1 << 12) | _ORDINARY.flags | self.upper.others
+            at = tables + (level << 12) + shape.entry_offset(level)
+            path.append((at, entry & (1 << 8 * shape.entry_bytes) - 1))
         return tuple(path)
 
     def _leaf(self, physical_bits: int) -> int:
-        large = self.shape.page_shift > 12
+        shift = self.shape.page_shift
         reserved = {
             "": 0,
             "51": _BIT_51,
-            "lowest": _LEAST_LARGE_RESERVED if large else 1 << min(physical_bits, 51),
+            "lowest": _LOWEST_IN_FRAME.get(shift, 1 << min(physical_bits, 51)),
         }[self.leaf.reserved]
-        return self.leaf.flags | reserved | _KEY_BITS | (int(Pte.PS) if large else 0)
+        key = _KEY_BITS if self.shape.levels > 3 else 0
+        return self.leaf.flags | reserved | key | (int(Pte.PS) if shift > 12 else 0)
 
     def _upper(self, physical_bits: int) -> int:
-        at_top = self.shape.levels - self.shape.upper > 3  # a PML5E or PML4E
+        at_top = self._level_of_upper > 2
         reserved = {
             "": 0,
             "51": _BIT_51,
@@ -237,20 +287,25 @@ class PagingCase:
         return self.upper.flags | reserved
 
     @property
+    def _level_of_upper(self) -> int:
+        """1 is a PDE, 4 a PML5E."""
+        return self.shape.levels - 1 - (self.shape.upper or 0)
+
+    @property
     def linear(self) -> int:
         """The address that is accessed."""
-        return LINEAR if self.shape.levels == 5 else LINEAR & (1 << 47) - 1
+        return self.shape.linear
 
     @property
     def cr0(self) -> int:
-        """CR0.WP of the case, and what long mode needs."""
+        """CR0.WP of the case, and paging."""
         return int(Cr0.PE | Cr0.MP | Cr0.ET | Cr0.NE | Cr0.PG) | (self.control.wp and int(Cr0.WP))
 
     @property
     def cr4(self) -> int:
         """CR4 with the case's bits."""
         control = self.control
-        value = int(Cr4.PAE | Cr4.OSFXSR | Cr4.OSXMMEXCPT)
+        value = int(Cr4.OSFXSR | Cr4.OSXMMEXCPT | (Cr4.PSE if self.shape.levels == 2 else Cr4.PAE))
         for there, bit in (
             (self.shape.levels == 5, Cr4.LA57),
             (control.smep, Cr4.SMEP),
@@ -263,7 +318,8 @@ class PagingCase:
     @property
     def efer(self) -> int:
         """EFER with the case's NXE."""
-        return int(Efer.LME | Efer.LMA) | (self.control.nxe and int(Efer.NXE))
+        long_mode = int(Efer.LME | Efer.LMA) if self.shape.levels > 3 else 0
+        return long_mode | (self.control.nxe and int(Efer.NXE))
 
     @property
     def rflags(self) -> int:
@@ -285,6 +341,7 @@ class PagingCase:
         needs = (
             (control.nxe and not features.nx, "NX"),
             (self.shape.levels == 5 and not features.la57, "LA57"),
+            (self.shape.levels < 4 and not features.legacy, "paging outside long mode"),
             (control.smep and not features.smep, "SMEP"),
             (control.smap and not features.smap, "SMAP"),
             (control.pke and not features.pku, "PKU"),
@@ -305,13 +362,17 @@ class PagingCase:
             f"CR4.SMAP={control.smap:d}" + (f" RFLAGS.AC={control.ac:d}" if control.smap else ""),
             f"CR4.PKE={control.pke:d}" + (f" rights {control.rights}" if control.pke else ""),
         ]
-        size = {12: "4 KiB", 21: "2 MiB", 30: "1 GiB"}[shape.page_shift]
-        level = ("PTE", "PDE", "PDPTE", "PML4E", "PML5E")[shape.levels - 1 - shape.upper]
-        return (
-            f"case {self.index}: {self.kind.value} at CPL {self.cpl}, {shape.levels} levels, {size} page, "
-            f"{', '.join(switches)}; leaf {_flags(*self.leaf)}; {level} {_flags(*self.upper[:2])}; "
-            f"A={bool(self.upper.others):d} in the other entries"
+        size = {12: "4 KiB", 21: "2 MiB", 22: "4 MiB", 30: "1 GiB"}[shape.page_shift]
+        mode = {2: "32-bit paging", 3: "PAE paging"}.get(shape.levels, f"{shape.levels} levels")
+        text = (
+            f"case {self.index}: {self.kind.value} at CPL {self.cpl}, {mode}, {size} page, "
+            f"{', '.join(switches)}; leaf {_flags(*self.leaf)}"
         )
+        if shape.upper is None:
+            return text
+        level = ("PTE", "PDE", "PDPTE", "PML4E", "PML5E")[self._level_of_upper]
+        others = f"; A={bool(self.upper.others):d} in the other entries" if shape.levels > 3 else ""
+        return f"{text}; {level} {_flags(*self.upper[:2])}{others}"
 
 
 def _flags(flags: int, reserved: str) -> str:

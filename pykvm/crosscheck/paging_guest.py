@@ -6,7 +6,6 @@ tables does not see what the host writes to a table that it has cached (docs/ref
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -33,15 +32,15 @@ _HANDLER: Final = 0x40
 """Handlers write to this port plus the vector."""
 _VECTORS: Final = 32
 _OLD_CR2: Final = 0x5A5A000
-_STORED: Final = 0x1122334455667788
+_STORED: Final = 0x11223344
 
 # Guest-physical pages; what is not a target or a table is mapped one to one.
 _HANDLERS: Final = 0x1000
 _SUPERVISOR_CODE: Final = 0x2000
 _USER_CODE: Final = 0x3000
 _ARENA: Final = (0x4000, 0x20000)
-FRAMES: Final = {12: 0x203000, 21: 0x200000, 30: 0x4000_0000}
-"""The frame that a leaf of each size points to.  The target's bytes are the same for all three."""
+FRAMES: Final = {12: 0x203000, 21: 0x200000, 22: 0, 30: 0x4000_0000}
+"""The frame that a leaf of each page shift points to.  The target's bytes are the same for all."""
 _TARGET_PAGE: Final = 0x203000
 TABLES: Final = 0x400000
 """Where the tables of a machine's first case are."""
@@ -56,13 +55,14 @@ _TRAP: Final = b"\xcc"
 _READ_CR2: Final = b"\x0f\x20\xd0"
 """mov rax, cr2"""
 _ACCESS: Final = {
-    Kind.READ: b"\x48\x8b\x1f",  # mov rbx, [rdi]
-    Kind.WRITE: b"\x48\x89\x1f",  # mov [rdi], rbx
-    Kind.EXCHANGE: b"\x48\x87\x1f",  # xchg [rdi], rbx
+    Kind.READ: b"\x8b\x1f",  # mov ebx, [rdi]
+    Kind.WRITE: b"\x89\x1f",  # mov [rdi], ebx
+    Kind.EXCHANGE: b"\x87\x1f",  # xchg [rdi], ebx
     Kind.FETCH: b"\xff\xe7",  # jmp rdi
     Kind.LOAD_SEGMENT: b"\x8e\xc3",  # mov es, ebx
     Kind.MARK_SEGMENT: b"\x8e\xc3",
 }
+"""In 32-bit code with the 32-bit registers of those names."""
 _LDT_SELECTOR: Final = 0x7
 """Entry 0 of the LDT, RPL 3."""
 _DESCRIPTOR: Final = b"\xff\xff\0\0\0\xf2\xcf\0"
@@ -110,15 +110,22 @@ class PagingRoom:
             large = FRAMES[30] + _TARGET_PAGE
             self._machine.create_slot(memory, large, size=PAGE_SIZE, memory_offset=_TARGET_PAGE)
             arena = Arena(*_ARENA)
-            self._system = {levels: _map_system(memory, arena, mode) for levels, mode in _MODES.items()}
             self._stack = arena.take() + PAGE_SIZE
             handlers = _write_code(memory)
-            tables = SystemTables.build(
-                memory, arena.take, wide=True, stacks=[self._stack], handlers=handlers
-            )
+            tables = {
+                wide: SystemTables.build(
+                    memory, arena.take, wide=wide, stacks=[self._stack], handlers=handlers
+                )
+                for wide in (False, True)
+            }
+            self._system = {levels: _map_system(memory, arena, modes[1]) for levels, modes in _MODES.items()}
             self._vcpu: Vcpu = self._machine.create_vcpu()
             self._vcpu.set_cpuid(cpuid)
-            self._special = {cpl: self._start_state(cpl, tables) for cpl in (0, 3)}
+            self._special = {
+                (levels, cpl): self._start_state(mode, cpl, tables[levels > 3])
+                for levels, (mode, _) in _MODES.items()
+                for cpl in (0, 3)
+            }
         except BaseException:
             self.close()
             raise
@@ -137,19 +144,23 @@ class PagingRoom:
         target = _TARGET_PAGE + (case.linear & 0xFFF)
         entries = case.entries(tables, FRAMES[case.shape.page_shift], self._bits)
         memory.write(tables, self._system[case.shape.levels])
+        size = case.shape.entry_bytes
         for gpa, entry in entries:
-            memory.write(gpa, entry.to_bytes(8, "little"))
+            memory.write(gpa, entry.to_bytes(size, "little"))
         memory.write(target, _TARGETS.get(case.kind, _CODE_TARGET).to_bytes(8, "little"))
         start = self._load(case, tables)
-        end, error, cr2, at = self._report(self._vcpu.run(), {start: "access", case.linear: "target"})
+        exit = self._vcpu.run()
+        registers = self._vcpu.get_registers()
+        places = {start: "access", case.linear: "target"}
+        end, error, cr2, at = self._report(exit, registers, 8 if case.shape.levels > 3 else 4, places)
         return PagingOutcome(
             end,
             error,
             cr2,
             at,
-            tuple(int.from_bytes(memory.read(gpa, 8), "little") ^ entry for gpa, entry in entries),
+            tuple(int.from_bytes(memory.read(gpa, size), "little") ^ entry for gpa, entry in entries),
             int.from_bytes(memory.read(target, 8), "little"),
-            self._vcpu.get_registers().rbx,
+            registers.rbx,
         )
 
     def close(self) -> None:
@@ -168,15 +179,15 @@ class PagingRoom:
 
     # --- inside ----------------------------------------------------------------------------------
 
-    def _start_state(self, cpl: int, tables: SystemTables) -> SpecialRegisters:
-        special = boot_state(BootMode.LONG, entry=0, stack=0, cpl=cpl, cr3=TABLES, tables=tables).special
+    def _start_state(self, mode: BootMode, cpl: int, tables: SystemTables) -> SpecialRegisters:
+        special = boot_state(mode, entry=0, stack=0, cpl=cpl, cr3=TABLES, tables=tables).special
         special.apic_base = self._vcpu.get_special_registers().apic_base
         special.cr2 = _OLD_CR2
         return special
 
     def _load(self, case: PagingCase, tables: int) -> int:
         """Set the vCPU's state; the address of the instruction that makes the access."""
-        special = self._special[case.cpl]
+        special = self._special[case.shape.levels, case.cpl]
         special.cr0, special.cr3, special.cr4, special.efer = case.cr0, tables, case.cr4, case.efer
         special.ldt = Segment(base=case.linear, limit=7, selector=0, type=2, s=0)
         start = (_USER_CODE if case.cpl else _SUPERVISOR_CODE) + _SNIPPET_BYTES * _NUMBERS[case.kind]
@@ -193,17 +204,23 @@ class PagingRoom:
         )
         return start + len(_WRPKRU)
 
-    def _report(self, exit: Exit, places: Mapping[int, str]) -> tuple[str, int | None, int | None, str]:
-        """End, error code, CR2 and place."""
+    def _report(
+        self, exit: Exit, registers: Registers, word: int, places: Mapping[int, str]
+    ) -> tuple[str, int | None, int | None, str]:
+        """End, error code, CR2 and place; ``word`` bytes are the items of the handler's stack."""
         if isinstance(exit, IoOut) and exit.port == _DONE:
             return "done", None, None, ""
         if not isinstance(exit, IoOut) or not _HANDLER <= exit.port < _HANDLER + _VECTORS:
             self._left = 0
             return str(exit), None, None, ""
         vector = exit.port - _HANDLER
-        frame = struct.unpack("<6Q", self._memory.read(self._stack - 48, 48))
-        error, rip = (frame[0], frame[1]) if vector in _WITH_ERROR_CODE else (None, frame[1])
-        cr2 = self._vcpu.get_registers().rax if vector == Vector.PF else None
+        stack = registers.rsp
+        error = None
+        if vector in _WITH_ERROR_CODE:
+            error = int.from_bytes(self._memory.read(stack, word), "little")
+            stack += word
+        rip = int.from_bytes(self._memory.read(stack, word), "little")
+        cr2 = registers.rax if vector == Vector.PF else None
         return f"#{_NAMES.get(vector, vector)}", error, cr2, places.get(rip, hex(rip))
 
     def _watch(self) -> None:
@@ -216,7 +233,12 @@ class PagingRoom:
             seen = self._left
 
 
-_MODES: Final = {4: PagingMode.LONG4, 5: PagingMode.LONG5}
+_MODES: Final = {
+    2: (BootMode.PAGED32, PagingMode.LEGACY32),
+    3: (BootMode.PAE, PagingMode.PAE),
+    4: (BootMode.LONG, PagingMode.LONG4),
+    5: (BootMode.LA57, PagingMode.LONG5),
+}
 _NUMBERS: Final = {kind: number for number, kind in enumerate(Kind)}
 _NAMES: Final = {int(vector): vector.name for vector in Vector}
 _WITH_ERROR_CODE: Final = {int(vector) for vector in Vector if vector.has_error_code}
@@ -228,7 +250,7 @@ def _map_system(memory: GuestMemory, arena: Arena, mode: PagingMode) -> bytes:
     for page in range(_HANDLERS, _ARENA[1], PAGE_SIZE):
         flags = USER if page == _USER_CODE else SUPERVISOR
         tables.map(page, page, PAGE_SIZE, flags=flags)
-    return memory.read(tables.cr3, 8)
+    return memory.read(tables.cr3, 4 if mode is PagingMode.LEGACY32 else 8)
 
 
 def _write_code(memory: GuestMemory) -> list[int]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
 
-from pykvm.crosscheck.paging_cases import Features, Kind, PagingCase
+from pykvm.crosscheck.paging_cases import Features, Kind, PagingCase, first_legacy
 from pykvm.crosscheck.paging_guest import CASES_PER_MACHINE, PagingOutcome, PagingRoom
 from pykvm.errors import UsageError
 from pykvm.machine import System
@@ -59,13 +59,21 @@ class Subject(NamedTuple):
     def of(cls, *systems: System) -> Subject:
         """The guests get the CPUID of the first real KVM, or else of the first system."""
         offers = []
+        legacy = True
         for system in sorted(systems, key=lambda each: each.backend != "kvm"):
             with system.create_machine() as machine:
                 offers.append(machine.supported_cpuid)
+            legacy = legacy and _can_page_outside_long_mode(system, offers[0])
         features = Features.of(offers[0])
         for other in offers[1:]:
             features = features.common(Features.of(other))
-        return cls(offers[0], features)
+        return cls(offers[0], features._replace(legacy=legacy))
+
+
+def _can_page_outside_long_mode(system: System, cpuid: Sequence[CpuidEntry]) -> bool:
+    """Tried, since no CPUID bit says it: one access that has to succeed."""
+    with PagingRoom(system, cpuid, cases=1) as room:
+        return room.run(PagingCase.from_index(first_legacy())).end == "done"
 
 
 def outcomes(
