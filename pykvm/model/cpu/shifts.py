@@ -61,6 +61,11 @@ def _undefined_after_logical_shift(cpu: Processor, insn: Instruction) -> int:
     return _undefined_after_shift(cpu, insn) | (CF if beyond else 0)
 
 
+def status_after(result: int, carry: int, overflow: int, size: int) -> int:
+    """The status flags after a shift."""
+    return AF | flags.of_result(result, size) | (CF if carry else 0) | (OF if overflow else 0)
+
+
 def _shift_with(shift: Shift) -> Execute:
     def execute(cpu: Processor, insn: Instruction) -> None:
         target = insn.operands[0]
@@ -70,8 +75,7 @@ def _shift_with(shift: Shift) -> Execute:
             return
         result, carry, overflow = shift(value, count, target.size, 0)
         target.write(cpu, result)
-        status = flags.of_result(result, target.size) | (CF if carry else 0) | (OF if overflow else 0)
-        cpu.rflags = cpu.rflags & ~STATUS | AF | status
+        cpu.rflags = cpu.rflags & ~STATUS | status_after(result, carry, overflow, target.size)
 
     return execute
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, NoReturn
 
 from pykvm.model.cpu import flags
-from pykvm.model.cpu.flags import CF, MASK, OF, STATUS
+from pykvm.model.cpu.flags import CF, MASK
 from pykvm.model.cpu.instruction import RSP, SS, HighByte, Immediate, Instruction, Memory, Operand, Register
-from pykvm.model.cpu.shifts import SHIFTS
+from pykvm.model.cpu.shifts import SHIFTS, status_after
 from pykvm.model.cpu.translator import lazyflags
 from pykvm.model.cpu.translator.lazyflags import Source, State
 from pykvm.model.cpu.translator.views import Leave, leave
@@ -36,7 +36,7 @@ class NoTemplate(Exception):
 def shifted(name: str, value: int, count: int, size: int) -> int:
     """The flags of a shift or rotate by ``count`` (not zero, and carry in does not matter)."""
     result, carry, overflow = SHIFTS[name](value, count, size, 0)
-    return flags.of_result(result, size) | (CF if carry else 0) | (OF if overflow else 0)
+    return status_after(result, carry, overflow, size)
 
 
 class SegmentKind(NamedTuple):
@@ -458,4 +458,4 @@ def compiled(emitter: Emitter) -> Function:
     return function
 
 
-__all__ = ["STATUS", "Emitter", "Function", "Mode", "NoTemplate", "SegmentKind", "compiled"]
+__all__ = ["Emitter", "Function", "Mode", "NoTemplate", "SegmentKind", "compiled"]
