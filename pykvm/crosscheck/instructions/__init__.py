@@ -1,0 +1,1 @@
+"""One instruction from one state, on several processors."""

@@ -1,0 +1,514 @@
+"""The instruction forms that cases are made of: the opcode maps of SDM vol. 2, appendix A, one row each.
+
+A row: name, opcode (``66:0f6f`` with a mandatory prefix, ``50-57`` for a range), then words.  ``/r`` takes a
+ModR/M byte, ``/0`` to ``/7`` one with that opcode extension; ``reg`` and ``mem`` restrict it.  Immediates:
+``ib``, ``iw``, ``iz`` (2 or 4 bytes by operand size), ``iv`` (8 with REX.W), ``moffs``, ``ptr`` (offset and
+selector), ``jb``, ``jz`` (displacements).  ``64``, ``!64``, ``16``, ``!16`` say in which code it exists.
+Others: ``byte``: no operand sizes; ``string``; ``stack``; ``sse``, ``mmx``, ``x87``: floating-point state
+takes part;
+``sel``: an operand is a selector; ``count``: CL or an immediate counts; ``protected``: not in real mode;
+``cpl0``: only where everything is allowed; ``user``: only at CPL 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One opcode with one shape of operands; ``words`` are those of its row."""
+
+    name: str
+    prefix: int | None
+    opcode: bytes
+    modrm: str
+    words: frozenset[str]
+
+    @property
+    def extension(self) -> int | None:
+        """The opcode extension in ModR/M.reg, or None."""
+        return int(self.modrm[1]) if self.modrm[1:].isdigit() else None
+
+    @property
+    def id(self) -> str:
+        """The form's row in the coverage table."""
+        prefix = f"{self.prefix:02X} " if self.prefix is not None else ""
+        extension = f" {self.modrm}" if self.extension is not None else ""
+        if self.vex is not None:
+            return f"VEX.{('NP', '66', 'F3', 'F2')[self.vex]}.0F38 {self.opcode.hex().upper()}{extension}"
+        return f"{prefix}{self.opcode.hex(' ').upper()}{extension}"
+
+    @property
+    def vex(self) -> int | None:
+        """VEX.pp of a VEX-encoded form, all of which are in map 0F 38."""
+        return next((int(word[2:]) for word in self.words if word[:2] == "pp"), None)
+
+    @property
+    def floating(self) -> bool:
+        """Whether floating-point state takes part."""
+        return bool(self.words & {"sse", "mmx", "x87"})
+
+    def exists(self, mode: int, cpl: int) -> bool:
+        """Whether cases of that mode and privilege use it."""
+        words = self.words
+        return not (
+            ("64" in words and mode != 64)
+            or ("!64" in words and mode == 64)
+            or ("16" in words and mode != 16)
+            or ("!16" in words and mode == 16)
+            or ("protected" in words and mode == 16)
+            or ("cpl0" in words and cpl)
+            or ("user" in words and cpl != 3)
+        )
+
+
+_ALU: Final = "\n".join(
+    f"""
+    {name} {8 * number:02x} /r byte
+    {name} {8 * number + 1:02x} /r
+    {name} {8 * number + 2:02x} /r byte
+    {name} {8 * number + 3:02x} /r
+    {name} {8 * number + 4:02x} ib byte
+    {name} {8 * number + 5:02x} iz
+    {name} 80 /{number} ib byte
+    {name} 81 /{number} iz
+    {name} 82 /{number} ib byte !64
+    {name} 83 /{number} ib"""
+    for number, name in enumerate(("add", "or", "adc", "sbb", "and", "sub", "xor", "cmp"))
+)
+
+_SHIFTS: Final = "\n".join(
+    f"""
+    {name} c0 /{number} ib byte count
+    {name} c1 /{number} ib count
+    {name} d0 /{number} byte
+    {name} d1 /{number}
+    {name} d2 /{number} byte count
+    {name} d3 /{number} count"""
+    for number, name in enumerate(("rol", "ror", "rcl", "rcr", "shl", "shr", "sal", "sar"))
+)
+
+_CONDITIONS: Final = "\n".join(
+    f"""
+    j{name} {0x70 + number:02x} jb
+    j{name} 0f{0x80 + number:02x} jz
+    set{name} 0f{0x90 + number:02x} /r byte
+    cmov{name} 0f{0x40 + number:02x} /r"""
+    for number, name in enumerate(
+        ("o", "no", "b", "ae", "e", "ne", "be", "a", "s", "ns", "p", "np", "l", "ge", "le", "g")
+    )
+)
+
+_GENERAL: Final = """
+    push 50-57 stack
+    pop 58-5f stack
+    inc 40-47 !64
+    dec 48-4f !64
+    push_sreg 06 stack !64
+    push_sreg 0e stack !64
+    push_sreg 16 stack !64
+    push_sreg 1e stack !64
+    push_sreg 0fa0 stack
+    push_sreg 0fa8 stack
+    pop_sreg 07 stack sel !64
+    pop_sreg 17 stack sel !64
+    pop_sreg 1f stack sel !64
+    pop_sreg 0fa1 stack sel
+    pop_sreg 0fa9 stack sel
+    pusha 60 stack !64
+    popa 61 stack !64
+    bound 62 /r mem !64
+    arpl 63 /r !64 protected sel
+    movsxd 63 /r 64
+    push 68 iz stack
+    push 6a ib stack
+    imul 69 /r iz
+    imul 6b /r ib
+    imul 0faf /r
+    test 84 /r byte
+    test 85 /r
+    xchg 86 /r byte
+    xchg 87 /r
+    mov 88 /r byte
+    mov 89 /r
+    mov 8a /r byte
+    mov 8b /r
+    mov_sreg 8c /r
+    mov_sreg 8e /r sel
+    lea 8d /r
+    pop 8f /0 stack
+    xchg 90-97
+    cbw 98
+    cwd 99
+    pushf 9c stack
+    popf 9d stack
+    sahf 9e
+    lahf 9f
+    mov a0 moffs byte
+    mov a1 moffs
+    mov a2 moffs byte
+    mov a3 moffs
+    movs a4 string byte
+    movs a5 string
+    cmps a6 string byte
+    cmps a7 string
+    test a8 ib byte
+    test a9 iz
+    stos aa string byte
+    stos ab string
+    lods ac string byte
+    lods ad string
+    scas ae string byte
+    scas af string
+    mov b0-b7 ib byte
+    mov b8-bf iv
+    ret c2 iw stack
+    ret c3 stack
+    les c4 /r mem !64 sel
+    lds c5 /r mem !64 sel
+    lss 0fb2 /r mem sel
+    lfs 0fb4 /r mem sel
+    lgs 0fb5 /r mem sel
+    mov c6 /0 ib byte
+    mov c7 /0 iz
+    enter c8 iw ib stack
+    leave c9 stack
+    retf ca iw stack sel
+    retf cb stack sel
+    int3 cc
+    int cd ib 16 stack
+    into ce !64
+    iret cf stack sel
+    aam d4 ib byte !64
+    aad d5 ib byte !64
+    salc d6 byte !64
+    xlat d7 byte
+    daa 27 byte !64
+    das 2f byte !64
+    aaa 37 byte !64
+    aas 3f byte !64
+    loopne e0 jb
+    loope e1 jb
+    loop e2 jb
+    jrcxz e3 jb
+    call e8 jz stack
+    jmp e9 jz
+    jmp eb jb
+    lcall 9a ptr stack sel !64
+    ljmp ea ptr sel !64
+    hlt f4
+    cmc f5
+    clc f8
+    stc f9
+    cli fa
+    sti fb
+    cld fc
+    std fd
+    test f6 /0 ib byte
+    test f6 /1 ib byte
+    not f6 /2 byte
+    neg f6 /3 byte
+    mul f6 /4 byte
+    imul f6 /5 byte
+    div f6 /6 byte
+    idiv f6 /7 byte
+    test f7 /0 iz
+    test f7 /1 iz
+    not f7 /2
+    neg f7 /3
+    mul f7 /4
+    imul f7 /5
+    div f7 /6
+    idiv f7 /7
+    inc fe /0 byte
+    dec fe /1 byte
+    inc ff /0
+    dec ff /1
+    call ff /2 stack
+    lcall ff /3 stack sel
+    jmp ff /4
+    ljmp ff /5 sel
+    push ff /6 stack
+    ud ff /7
+    ud fe /2
+    ud c6 /1
+    ud c7 /3
+    ud 8f /5
+    movzx 0fb6 /r
+    movzx 0fb7 /r
+    movsx 0fbe /r
+    movsx 0fbf /r
+    bt 0fa3 /r
+    bts 0fab /r
+    btr 0fb3 /r
+    btc 0fbb /r
+    bt 0fba /4 ib
+    bts 0fba /5 ib
+    btr 0fba /6 ib
+    btc 0fba /7 ib
+    ud 0fba /0 ib
+    bsf 0fbc /r
+    bsr 0fbd /r
+    tzcnt f3:0fbc /r
+    lzcnt f3:0fbd /r
+    popcnt f3:0fb8 /r
+    shld 0fa4 /r ib count
+    shld 0fa5 /r count
+    shrd 0fac /r ib count
+    shrd 0fad /r count
+    cmpxchg 0fb0 /r byte
+    cmpxchg 0fb1 /r
+    xadd 0fc0 /r byte
+    xadd 0fc1 /r
+    cmpxchg8b 0fc7 /1 mem
+    bswap 0fc8-0fcf
+    movnti 0fc3 /r mem
+    movbe 0f38f0 /r mem
+    movbe 0f38f1 /r mem
+    crc32 f2:0f38f0 /r byte
+    crc32 f2:0f38f1 /r
+    adcx 66:0f38f6 /r
+    adox f3:0f38f6 /r
+    nop 0f1f /0
+    nop 0f18 /0 mem
+    prefetchw 0f0d /1 mem
+    ud2 0f0b
+    ud1 0fb9 /r
+    lar 0f02 /r protected sel
+    lsl 0f03 /r protected sel
+    verr 0f00 /4 protected sel
+    verw 0f00 /5 protected sel
+    lldt 0f00 /2 protected user
+    ltr 0f00 /3 protected user
+    lgdt 0f01 /2 mem user
+    lidt 0f01 /3 mem user
+    lmsw 0f01 /6 user
+    invlpg 0f01 /7 mem user
+    sldt 0f00 /0 protected cpl0
+    str 0f00 /1 protected cpl0
+    sgdt 0f01 /0 mem cpl0
+    sidt 0f01 /1 mem cpl0
+    smsw 0f01 /4 cpl0
+    invlpg 0f01 /7 mem cpl0
+    clts 0f06
+    invd 0f08 user
+    wbinvd 0f09
+    mov_cr 0f20 /0 reg
+    mov_cr 0f20 /2 reg
+    mov_cr 0f20 /3 reg
+    mov_cr 0f20 /4 reg
+    mov_cr 0f22 /0 reg user
+    mov_dr 0f21 /7 reg
+    mov_dr 0f23 /7 reg user
+    rdmsr 0f32 user
+    wrmsr 0f30 user
+    lfence 0fae /5 reg
+    mfence 0fae /6 reg
+    sfence 0fae /7 reg
+    clflush 0fae /7 mem
+"""
+
+_VEX: Final = """
+    andn f2:0 vex protected
+    bzhi f5:0 vex protected
+    bextr f7:0 vex protected
+    shlx f7:1 vex protected
+    sarx f7:2 vex protected
+    shrx f7:3 vex protected
+    pext f5:2 vex protected
+    pdep f5:3 vex protected
+    mulx f6:3 vex protected
+    blsr f3:0 /1 vex protected
+    blsmsk f3:0 /2 vex protected
+    blsi f3:0 /3 vex protected
+"""
+"""VEX-encoded general-purpose instructions in map 0F 38: opcode, VEX.pp."""
+
+_MMX_AND_SSE: Final = """
+    60-6b d1-d5 d8-df e0-e5 e8-ef f1-f6 f8-fe 74-76
+"""
+"""Opcodes in map 0F that work on MMX registers, and with 66 on XMM registers."""
+
+_SSE: Final = """
+    movups 0f10 /r sse
+    movups 0f11 /r sse
+    movss f3:0f10 /r sse
+    movss f3:0f11 /r sse
+    movupd 66:0f10 /r sse
+    movupd 66:0f11 /r sse
+    movsd f2:0f10 /r sse
+    movsd f2:0f11 /r sse
+    movlps 0f12 /r sse
+    movlps 0f13 /r mem sse
+    movlpd 66:0f12 /r mem sse
+    movlpd 66:0f13 /r mem sse
+    movsldup f3:0f12 /r sse
+    movddup f2:0f12 /r sse
+    unpcklps 0f14 /r sse
+    unpcklpd 66:0f14 /r sse
+    unpckhps 0f15 /r sse
+    unpckhpd 66:0f15 /r sse
+    movhps 0f16 /r sse
+    movhps 0f17 /r mem sse
+    movhpd 66:0f16 /r mem sse
+    movhpd 66:0f17 /r mem sse
+    movshdup f3:0f16 /r sse
+    movaps 0f28 /r sse
+    movaps 0f29 /r sse
+    movapd 66:0f28 /r sse
+    movapd 66:0f29 /r sse
+    movntps 0f2b /r mem sse
+    movntpd 66:0f2b /r mem sse
+    movmskps 0f50 /r reg sse
+    movmskpd 66:0f50 /r reg sse
+    andps 0f54 /r sse
+    andpd 66:0f54 /r sse
+    andnps 0f55 /r sse
+    andnpd 66:0f55 /r sse
+    orps 0f56 /r sse
+    orpd 66:0f56 /r sse
+    xorps 0f57 /r sse
+    xorpd 66:0f57 /r sse
+    punpcklqdq 66:0f6c /r sse
+    punpckhqdq 66:0f6d /r sse
+    movd 0f6e /r mmx
+    movd 66:0f6e /r sse
+    movq 0f6f /r mmx
+    movdqa 66:0f6f /r sse
+    movdqu f3:0f6f /r sse
+    pshufw 0f70 /r ib mmx
+    pshufd 66:0f70 /r ib sse
+    pshufhw f3:0f70 /r ib sse
+    pshuflw f2:0f70 /r ib sse
+    psrlw 0f71 /2 reg ib mmx
+    psraw 0f71 /4 reg ib mmx
+    psllw 0f71 /6 reg ib mmx
+    psrld 0f72 /2 reg ib mmx
+    psrad 0f72 /4 reg ib mmx
+    pslld 0f72 /6 reg ib mmx
+    psrlq 0f73 /2 reg ib mmx
+    psllq 0f73 /6 reg ib mmx
+    psrlw 66:0f71 /2 reg ib sse
+    psraw 66:0f71 /4 reg ib sse
+    psllw 66:0f71 /6 reg ib sse
+    psrld 66:0f72 /2 reg ib sse
+    psrad 66:0f72 /4 reg ib sse
+    pslld 66:0f72 /6 reg ib sse
+    psrlq 66:0f73 /2 reg ib sse
+    psrldq 66:0f73 /3 reg ib sse
+    psllq 66:0f73 /6 reg ib sse
+    pslldq 66:0f73 /7 reg ib sse
+    emms 0f77 mmx
+    movd 0f7e /r mmx
+    movd 66:0f7e /r sse
+    movq f3:0f7e /r sse
+    movq 0f7f /r mmx
+    movdqa 66:0f7f /r sse
+    movdqu f3:0f7f /r sse
+    pinsrw 0fc4 /r ib mmx
+    pinsrw 66:0fc4 /r ib sse
+    pextrw 0fc5 /r reg ib mmx
+    pextrw 66:0fc5 /r reg ib sse
+    shufps 0fc6 /r ib sse
+    shufpd 66:0fc6 /r ib sse
+    movq 66:0fd6 /r sse
+    movq2dq f3:0fd6 /r reg sse
+    movdq2q f2:0fd6 /r reg sse
+    pmovmskb 0fd7 /r reg mmx
+    pmovmskb 66:0fd7 /r reg sse
+    movntq 0fe7 /r mem mmx
+    movntdq 66:0fe7 /r mem sse
+    lddqu f2:0ff0 /r mem sse
+    maskmovq 0ff7 /r reg mmx
+    maskmovdqu 66:0ff7 /r reg sse
+    palignr 0f3a0f /r ib mmx
+    palignr 66:0f3a0f /r ib sse
+    pextrb 66:0f3a14 /r ib sse
+    pextrw 66:0f3a15 /r ib sse
+    pextrd 66:0f3a16 /r ib sse
+    extractps 66:0f3a17 /r ib sse
+    pinsrb 66:0f3a20 /r ib sse
+    insertps 66:0f3a21 /r ib sse
+    pinsrd 66:0f3a22 /r ib sse
+    blendps 66:0f3a0c /r ib sse
+    blendpd 66:0f3a0d /r ib sse
+    pblendw 66:0f3a0e /r ib sse
+    mpsadbw 66:0f3a42 /r ib sse
+    pcmpestrm 66:0f3a60 /r ib sse
+    pcmpestri 66:0f3a61 /r ib sse
+    pcmpistrm 66:0f3a62 /r ib sse
+    pcmpistri 66:0f3a63 /r ib sse
+    pblendvb 66:0f3810 /r sse
+    blendvps 66:0f3814 /r sse
+    blendvpd 66:0f3815 /r sse
+    ptest 66:0f3817 /r sse
+    movntdqa 66:0f382a /r mem sse
+    ldmxcsr 0fae /2 mem sse
+    stmxcsr 0fae /3 mem sse
+    fxsave 0fae /0 mem sse
+    fninit dbe3 x87
+    fnclex dbe2 x87
+    fwait 9b x87
+    fnstcw d9 /7 mem x87
+    fldcw d9 /5 mem x87
+    fnstsw dd /7 mem x87
+    fnstsw dfe0 x87
+"""
+_SSSE3: Final = "00-0b 1c-1e"
+"""In map 0F 38, on MMX and XMM registers."""
+_SSE41: Final = "20-25 28-29 2b 30-35 37-41"
+"""In map 0F 38 with 66."""
+
+
+def _span(text: str) -> list[bytes]:
+    first, _, last = text.partition("-")
+    start = bytes.fromhex(first)
+    end = bytes.fromhex(last) if last else start
+    return [start[:-1] + bytes([number]) for number in range(start[-1], end[-1] + 1)]
+
+
+def _parse(text: str) -> list[Form]:
+    forms = []
+    for line in text.splitlines():
+        if not line.strip():
+            continue
+        name, code, *words = line.split()
+        if "vex" in words:
+            opcode, pp = code.split(":")
+            modrm = next((word for word in words if word[0] == "/"), "/r")
+            words = [*words, f"pp{pp}"]
+            forms.append(Form(name, None, bytes.fromhex(opcode), modrm, frozenset(words)))
+            continue
+        prefix, _, opcodes = code.rpartition(":")
+        modrm = next((word for word in words if word[0] == "/"), "")
+        mandatory = int(prefix, 16) if prefix else None
+        rest = frozenset(words) - {modrm}
+        forms += [Form(name, mandatory, each, modrm, rest) for each in _span(opcodes)]
+    return forms
+
+
+def _spans(prefixes: tuple[str, ...], escape: str, spans: str) -> list[Form]:
+    rows = []
+    for span in spans.split():
+        for opcode in _span(span):
+            for prefix in prefixes:
+                kind = "sse" if prefix else "mmx"
+                colon = f"{prefix}:" if prefix else ""
+                rows.append(f"p{opcode.hex()} {colon}{escape}{opcode.hex()} /r {kind}")
+    return _parse("\n".join(rows))
+
+
+FORMS: Final = tuple(
+    _parse(_ALU)
+    + _parse(_SHIFTS)
+    + _parse(_CONDITIONS)
+    + _parse(_GENERAL)
+    + _parse(_VEX)
+    + _parse(_SSE)
+    + _spans(("", "66"), "0f", _MMX_AND_SSE)
+    + _spans(("", "66"), "0f38", _SSSE3)
+    + _spans(("66",), "0f38", _SSE41)
+)
+"""Every form that the generator knows."""
