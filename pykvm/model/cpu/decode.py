@@ -36,6 +36,7 @@ from pykvm.model.cpu.prefixes import (
     Prefixes,
     TooLongError,
     TruncatedError,
+    is_incomplete,
 )
 from pykvm.model.cpu.semantics import TABLE
 
@@ -86,14 +87,16 @@ class Decoder:
 
     def _decode(self, code: bytes) -> Instruction:
         prefixes = Prefixes(code, self.bits)
-        shown = corrections.shown(prefixes, code[prefixes.end :], self.bits, self.amd)
+        if is_incomplete(code[prefixes.end :]):
+            raise TruncatedError
+        body = code[prefixes.end :]
+        if len(body) < corrections.least_length(body, self.bits):
+            raise TruncatedError
+        shown = corrections.shown(prefixes, body, self.bits, self.amd)
         found = self._disassemble(shown)
         if found is None:
-            # Padding tells bytes that are no instruction from ones that go on.
-            room = MAX_LENGTH - len(code)
-            for filler in (b"\0", b"\xc0") if room > 0 else ():
-                if self._disassemble(shown._replace(body=shown.body + filler * room)) is not None:
-                    raise TruncatedError
+            if len(code) < MAX_LENGTH and self._goes_on(shown):
+                raise TruncatedError
             raise InvalidEncodingError
         if prefixes.wide and prefixes.mandatory and self._rejected_without_rex_w(prefixes, shown):
             raise InvalidEncodingError
@@ -104,6 +107,14 @@ class Decoder:
 
     def _disassemble(self, shown: corrections.Shown) -> capstone.CsInsn | None:
         return next(self._capstone[shown.bits].disasm(shown.prefixes + shown.body, 0, 1), None)
+
+    def _goes_on(self, shown: corrections.Shown) -> bool:
+        """Whether some ModR/M or immediate would make an instruction of the bytes."""
+        return any(
+            self._disassemble(shown._replace(body=shown.body + bytes([first]) + bytes(MAX_LENGTH)))
+            is not None
+            for first in (*range(0, 0x40, 8), *range(0xC0, 0x100))
+        )
 
     def _rejected_without_rex_w(self, prefixes: Prefixes, shown: corrections.Shown) -> bool:
         """With REX.W capstone overlooks a 66, F2 or F3 that the opcode does not allow (host)."""

@@ -104,11 +104,11 @@ def mov_sreg(cpu: Processor, insn: Instruction) -> None:
 
 @semantics("push_sreg")
 def push_sreg(cpu: Processor, insn: Instruction) -> None:
-    """A 32-bit push writes 16 bits only and leaves the rest of its slot, on Intel's and AMD's processors
-    alike since long (SDM vol. 2, PUSH); in 64-bit mode the selector is zero-extended."""
+    """A 32-bit push of Intel's processors writes 16 bits only and leaves the rest of its slot (SDM vol. 2,
+    PUSH); AMD's zero-extend the selector (host), as all do in 64-bit mode."""
     selector = insn.operands[0].read(cpu)
     size = insn.operand_size
-    if size != 4:
+    if size != 4 or cpu.features.amd:
         cpu.push(selector, size)
         return
     rsp = cpu.regs[RSP]
@@ -134,12 +134,17 @@ def load_far_pointer(cpu: Processor, insn: Instruction) -> None:
     target, source = insn.operands
     if not isinstance(source, Memory):
         raise Fault.ud()
-    offset, selector = far_pointer(cpu, source, insn.operand_size)
+    offset, selector = far_pointer(cpu, source, far_offset_size(cpu, insn))
     load_segment(cpu, _FAR_LOADS[insn.name], selector)
     target.write(cpu, offset)
 
 
 def far_pointer(cpu: Processor, source: Memory, size: int) -> tuple[int, int]:
     """Offset of ``size`` bytes and selector behind it, from memory."""
-    value = int.from_bytes(cpu.load_bytes(source.segment, source.offset(cpu), size + 2), "little")
-    return value & (1 << 8 * size) - 1, value >> 8 * size
+    at = source.offset(cpu)
+    return cpu.load(source.segment, at, size), cpu.load(source.segment, at + size & source.mask, 2)
+
+
+def far_offset_size(cpu: Processor, insn: Instruction) -> int:
+    """AMD's processors have no far pointers with 64-bit offsets (APM vol. 3, CALL (Far), LFS; host)."""
+    return 4 if insn.operand_size == 8 and cpu.features.amd else insn.operand_size

@@ -23,7 +23,7 @@ from pykvm.model.cpu.flags import MASK
 from pykvm.model.cpu.implicit import get, put
 from pykvm.model.cpu.instruction import CS, RSP, Memory
 from pykvm.model.cpu.iret import check_target, load_stack, release_data_segments, return_code, return_stack
-from pykvm.model.cpu.segments import far_pointer
+from pykvm.model.cpu.segments import far_offset_size, far_pointer
 from pykvm.model.cpu.semantics import semantics
 from pykvm.model.cpu.stacks import push_all
 from pykvm.x86.registers import Segment
@@ -34,11 +34,6 @@ if TYPE_CHECKING:
 
 _CALL_GATES: Final = frozenset({System.CALL16, System.CALL32})
 _TSS: Final = frozenset({System.TSS16, System.TSS16_BUSY, System.TSS32, System.TSS32_BUSY})
-
-
-def _operand_size(cpu: Processor, insn: Instruction) -> int:
-    """AMD's processors have no far pointers with 64-bit offsets (APM vol. 3, CALL (Far) and JMP (Far))."""
-    return 4 if insn.operand_size == 8 and cpu.features.amd else insn.operand_size
 
 
 def _destination(cpu: Processor, insn: Instruction, size: int) -> tuple[int, int]:
@@ -54,7 +49,7 @@ def _destination(cpu: Processor, insn: Instruction, size: int) -> tuple[int, int
 
 @semantics("ljmp")
 def jmp_far(cpu: Processor, insn: Instruction) -> None:
-    selector, offset = _destination(cpu, insn, _operand_size(cpu, insn))
+    selector, offset = _destination(cpu, insn, far_offset_size(cpu, insn))
     if cpu.real_or_vm86:
         _load_real_code(cpu, selector, offset)
         return
@@ -67,7 +62,7 @@ def jmp_far(cpu: Processor, insn: Instruction) -> None:
 
 @semantics("lcall")
 def call_far(cpu: Processor, insn: Instruction) -> None:
-    size = _operand_size(cpu, insn)
+    size = far_offset_size(cpu, insn)
     selector, offset = _destination(cpu, insn, size)
     frame = (cpu.segments[CS].selector, cpu.next_rip)
     if cpu.real_or_vm86:
