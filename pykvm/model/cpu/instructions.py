@@ -35,4 +35,6 @@ from pykvm.model.cpu import (  # noqa: F401
     system,
     tables,
     transfers,
+    x87,
+    x87_moves,
 )
