@@ -16,6 +16,8 @@ _INFO_SIZE: Final = 120
 _MEMORY, _CMDLINE, _MODULES, _MAP, _LOADER_NAME = 1 << 0, 1 << 2, 1 << 3, 1 << 6, 1 << 9
 _BASE_MEMORY_END: Final = 0x9F000
 _MIB: Final = 1 << 20
+_EBDA_SEGMENT: Final = 0x40E
+_BASE_KILOBYTES: Final = 0x413
 
 # Where information and modules may go: test kernels use page 0 and 4 to 18 MiB without asking.
 _WINDOWS: Final = ((0x10000, _BASE_MEMORY_END), (_MIB, 4 * _MIB), (18 * _MIB, 3 << 30))
@@ -60,6 +62,9 @@ def prepare_multiboot(
         for content, name in modules
         for at in (places.put(content),)
     )
+    # What a BIOS leaves in its data area: kernels look there for the end of base memory.
+    memory.write(_EBDA_SEGMENT, struct.pack("<H", _BASE_MEMORY_END >> 4))
+    memory.write(_BASE_KILOBYTES, struct.pack("<H", _BASE_MEMORY_END >> 10))
     top = min(memory.size, 3 << 30)
     regions = _memory_map(top)
     flags = _MEMORY | _CMDLINE | _MAP | _LOADER_NAME | (_MODULES if modules else 0)
