@@ -226,6 +226,12 @@ class Ended:
         return [self.at(at + number * size, size) for number in range(count)]
 
 
+def amd_cpuid() -> tuple[CpuidEntry, ...]:
+    """The reference processor's leaves with AMD's name (leaf 0: EBX, EDX, ECX)."""
+    first, *others = supported_cpuid()
+    return (replace(first, ebx=0x68747541, edx=0x69746E65, ecx=0x444D4163), *others)
+
+
 def same_segment(a: Segment, b: Segment) -> bool:
     """Equal, but for what an unusable segment hides; KVM shows a usable SS behind a null selector."""
     if a.unusable and (b.unusable or not b.selector & ~3):

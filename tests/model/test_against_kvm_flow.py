@@ -116,7 +116,7 @@ def _against_kvm(system: KvmSystem, world: World) -> list[str]:
     exit_, registers, special, memory = _on_kvm(system, world)
     if isinstance(exit_, InternalError) and exit_.suberror == 1:
         pytest.xfail("KVM cannot emulate it")
-    cpu = world.processor()
+    cpu = world.processor(cpuid=system.supported_cpuid)
     ours = cpu.run(10000)
     if type(ours) is not type(exit_):
         return [f"model {ours} at {cpu.rip:#x}, KVM {exit_} at {registers.rip:#x}"]
