@@ -25,6 +25,7 @@ _PAGE: Final = 0x1000
 _OFFSET: Final = 0xFFF
 _MMIO_BYTES: Final = 8
 _TLB_PAGES: Final = 1 << 16
+_AC: Final = int(Rflags.AC)
 
 Tlb = dict[int, int]
 """From linear page number to guest-physical page address."""
@@ -211,8 +212,9 @@ class MemoryAccess(State):
         for gpa, data in self._queue:
             self.exits += self.bus.write(gpa, data)
         self._queue.clear()
-        del self.replies[: self._asked]
-        self._asked = 0
+        if self._asked:
+            del self.replies[: self._asked]
+            self._asked = 0
 
     def discard(self) -> None:
         """Forget the stores so far; answers are kept for the next attempt."""
@@ -235,7 +237,7 @@ class MemoryAccess(State):
     @property
     def translations(self) -> Translations:
         """The cache for explicit accesses as the processor is now."""
-        context = (self.cpl == 3) | bool(self.rflags & Rflags.AC) << 1
+        context = (self.cpl == 3) | (self.rflags & _AC)
         found = self._translations.get(context)
         if found is None:
             found = self._translations[context] = Translations()
@@ -304,6 +306,7 @@ class MemoryAccess(State):
 
     def flush_tlb(self) -> None:
         """Drop all translations."""
+        self.flush_writable()
         self._translations.clear()
         self._system = Translations()
         self._tables.clear()

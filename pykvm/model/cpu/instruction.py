@@ -42,21 +42,22 @@ class Operand:
 class Register(Operand):
     """A general register of 8, 4 or 2 bytes, or the low byte of one."""
 
-    __slots__ = ("index",)
+    __slots__ = ("index", "mask")
     is_register = True
 
     def __init__(self, index: int, size: int) -> None:
         self.index = index
         self.size = size
+        self.mask = MASK[size]
 
     def read(self, cpu: Processor) -> int:
-        return cpu.regs[self.index] & MASK[self.size]
+        return cpu.regs[self.index] & self.mask
 
     def write(self, cpu: Processor, value: int) -> None:
         if self.size >= 4:
             cpu.regs[self.index] = value
         else:
-            cpu.regs[self.index] = cpu.regs[self.index] & ~MASK[self.size] | value
+            cpu.regs[self.index] = cpu.regs[self.index] & ~self.mask | value
 
 
 class HighByte(Operand):

@@ -17,13 +17,16 @@ from pykvm.model.cpu.translator.core import Translator
 from pykvm.model.paging import Access
 from pykvm.x86.bits import Rflags
 from pykvm.x86.cpuid import CpuidEntry
+from pykvm.x86.registers import Segment
 
 _MODULES: Final = instructions  # their import has filled the table
 _EMULATION: Final = 1  # KVM_INTERNAL_ERROR_EMULATION
 _SINGLE_STEP: Final = 1 << 14  # DR6.BS
 _BREAKPOINT_MASK: Final = 0xFF
+_INSTRUCTIONS_KEPT: Final = 1 << 16
 _TF: Final = int(Rflags.TF)
 _RF: Final = int(Rflags.RF)
+_VM_AND_AC: Final = int(Rflags.VM | Rflags.AC)
 _STEPPING: Final = _TF | _RF
 
 SHADOW_STI: Final = 1
@@ -66,6 +69,8 @@ class Processor(MemoryAccess):
         self.next_rf = 0
         """RFLAGS.RF after this instruction: IRET and task switches load it (SDM vol. 3, 18.3.1.1)."""
         self._saved = self._snapshot()
+        self._fetched: dict[int, tuple[int, memoryview, Instruction]] = {}
+        """By RIP: epoch, the bytes in memory, and what they were when they were decoded."""
         self._translator = Translator(self) if translate and sys.byteorder == "little" else None
 
     # --- instructions ------------------------------------------------------------------------------------
@@ -172,20 +177,22 @@ class Processor(MemoryAccess):
         self.commit()
         self._saved = self._snapshot()
 
-    def _snapshot(self) -> tuple[object, ...]:
-        return (
-            self.regs.copy(), self.rflags, self.segments.copy(), self.tr, self.ldt,
-        )  # fmt: skip
+    def _snapshot(self) -> tuple[list[int], int, list[Segment], Segment, Segment]:
+        return self.regs.copy(), self.rflags, self.segments.copy(), self.tr, self.ldt
 
     def rollback(self) -> None:
         """Undo the current instruction back to its last checkpoint."""
         self.discard()
         self.debug_hits = 0
-        regs, self.rflags, segments, self.tr, self.ldt = self._saved  # type: ignore[assignment]
-        self.regs[:] = regs  # type: ignore[call-overload]
+        regs, rflags, segments, self.tr, self.ldt = self._saved
+        self.regs[:] = regs
+        mode_changed = bool((rflags ^ self.rflags) & _VM_AND_AC)
+        self.rflags = rflags
         if segments != self.segments:
-            self.segments[:] = segments  # type: ignore[call-overload]
-        self.update_mode()
+            self.segments[:] = segments
+            mode_changed = True
+        if mode_changed:
+            self.update_mode()
 
     # --- fetching ----------------------------------------------------------------------------------------
 
@@ -196,6 +203,14 @@ class Processor(MemoryAccess):
 
     def fetch(self) -> Instruction:
         """The instruction at CS:RIP."""
+        known = self._fetched.get(self.rip)
+        if known is not None:
+            epoch, memory, insn = known
+            if epoch == self.epoch and memory == insn.encoding:
+                return insn
+        return self._fetch_and_decode()
+
+    def _fetch_and_decode(self) -> Instruction:
         decoder = self.decoder
         rip = self.rip
         _, first, last, _, _ = self.code_window
@@ -223,7 +238,22 @@ class Processor(MemoryAccess):
             raise UnsupportedInstruction(linear, unknown.encoding, unknown.text) from None
         if rip + insn.length - 1 > last:
             raise Fault.gp()
+        self._remember(rip, linear, insn)
         return insn
+
+    def _remember(self, rip: int, linear: int, insn: Instruction) -> None:
+        """Keep an instruction for the next time, unless it crosses a page."""
+        offset = linear & 0xFFF
+        page = self.translations.fetch.get(linear >> 12)
+        ram = self.bus.ram(page >> 12) if page is not None else None
+        if ram is not None and offset + insn.length <= 0x1000:
+            if len(self._fetched) >= _INSTRUCTIONS_KEPT:
+                self._fetched.clear()
+            self._fetched[rip] = self.epoch, ram[offset : offset + insn.length], insn
+
+    def flush_tlb(self) -> None:
+        super().flush_tlb()
+        self._fetched.clear()
 
     def _linear_rip(self, rip: int) -> int:
         address = self.code_window.base + rip

@@ -15,6 +15,8 @@ from pykvm.x86.registers import DescriptorTable, Registers, Segment, SpecialRegi
 SEGMENT_NAMES: Final = ("es", "cs", "ss", "ds", "fs", "gs")
 _TOP: Final = MASK[8]
 _FIXED: Final = int(Rflags.FIXED)
+_VM, _AC = int(Rflags.VM), int(Rflags.AC)
+_PE, _AM, _LA57, _LMA = int(Cr0.PE), int(Cr0.AM), int(Cr4.LA57), int(Efer.LMA)
 _VM_AND_AC: Final = int(Rflags.VM | Rflags.AC)
 _CODE, _WRITABLE_OR_READABLE, _EXPAND_DOWN = 8, 2, 4
 
@@ -91,9 +93,9 @@ class State:
 
     def update_mode(self) -> None:
         """Work out anew what follows from control registers, RFLAGS and segments."""
-        self.protected_mode = bool(self.cr0 & Cr0.PE)
-        self.vm86 = bool(self.protected_mode and self.rflags & Rflags.VM)
-        self.long_mode = bool(self.efer & Efer.LMA)
+        self.protected_mode = bool(self.cr0 & _PE)
+        self.vm86 = bool(self.protected_mode and self.rflags & _VM)
+        self.long_mode = bool(self.efer & _LMA)
         self.real_or_vm86 = not self.protected_mode or self.vm86
         code, stack = self.segments[CS], self.segments[SS]
         self.cpl = 3 if self.vm86 else stack.dpl if self.protected_mode else 0
@@ -102,8 +104,8 @@ class State:
         self.ip_mask = _TOP if self.bits64 else 0xFFFFFFFF
         self.stack_size = 8 if self.bits64 else 4 if stack.db else 2
         self.stack_mask = MASK[self.stack_size]
-        self.canonical_shift = 56 if self.cr4 & Cr4.LA57 else 47
-        self.checks_alignment = bool(self.cpl == 3 and self.cr0 & Cr0.AM and self.rflags & Rflags.AC)
+        self.canonical_shift = 56 if self.cr4 & _LA57 else 47
+        self.checks_alignment = bool(self.cpl == 3 and self.cr0 & _AM and self.rflags & _AC)
         self.windows = [self._window(number) for number in range(6)]
         self.epoch += 1
 
