@@ -19,8 +19,8 @@ from pykvm.model.cpu.prefixes import InvalidEncodingError, Prefixes
 _CODE_64: Final = 64
 _STRINGS: Final = frozenset((*range(0x6C, 0x70), *range(0xA4, 0xA8), *range(0xAA, 0xB0)))
 _NOP: Final = 0x90
-_VEX: Final = frozenset({0xC4, 0xC5})
-_EVEX: Final = 0x62
+_VEX_LENGTHS: Final = {0xC4: 5, 0xC5: 4, 0x62: 6}
+"""VEX and EVEX prefixes, and the bytes of the shortest instruction with them."""
 _REGISTER_FORM: Final = 0xC0
 _X87_ALIASES: Final = {
     (0xDC, 2): (0xD8, 2),  # FCOM
@@ -69,6 +69,15 @@ _SSE: Final = frozenset(
 
 
 # --- before capstone -------------------------------------------------------------------------------------
+
+
+def least_length(body: bytes, bits: int) -> int:
+    """How many bytes behind the prefixes are needed to know the opcode: with fewer nothing can be told."""
+    if body[0] == 0x0F:
+        return 3 if body[1:2] in {b"\x38", b"\x3a"} else 2
+    if body[0] in _VEX_LENGTHS and bits != _CODE_64:
+        return _VEX_LENGTHS[body[0]] if is_vex(body, bits) else 2
+    return _VEX_LENGTHS.get(body[0], 1)
 
 
 class Shown(NamedTuple):
@@ -196,7 +205,7 @@ def _takes_no_prefix(found: Prefixes, opcode: int, modrm: int) -> bool:
 def is_vex(body: bytes, bits: int) -> bool:
     """Whether C4, C5 or 62 is a VEX or EVEX prefix: outside 64-bit mode it is LES, LDS or BOUND with a
     memory operand (SDM vol. 2, 2.3.5)."""
-    if body[0] not in _VEX and body[0] != _EVEX:
+    if body[0] not in _VEX_LENGTHS:
         return False
     return bits == _CODE_64 or (len(body) > 1 and body[1] >= _REGISTER_FORM)
 

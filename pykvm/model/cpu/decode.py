@@ -36,7 +36,6 @@ from pykvm.model.cpu.prefixes import (
     Prefixes,
     TooLongError,
     TruncatedError,
-    is_incomplete,
 )
 from pykvm.model.cpu.semantics import TABLE
 
@@ -87,8 +86,6 @@ class Decoder:
 
     def _decode(self, code: bytes) -> Instruction:
         prefixes = Prefixes(code, self.bits)
-        if is_incomplete(code[prefixes.end :]):
-            raise TruncatedError
         body = code[prefixes.end :]
         if len(body) < corrections.least_length(body, self.bits):
             raise TruncatedError

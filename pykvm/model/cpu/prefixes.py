@@ -93,11 +93,3 @@ class Prefixes:
         if self.rex:
             result.append(self.rex)
         return bytes(result)
-
-
-_ESCAPES: Final = frozenset({b"\x0f", b"\x0f\x38", b"\x0f\x3a"})
-
-
-def is_incomplete(body: bytes) -> bool:
-    """Whether the bytes behind the prefixes end before the opcode does."""
-    return body in _ESCAPES
