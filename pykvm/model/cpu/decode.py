@@ -92,7 +92,7 @@ class Decoder:
         shown = corrections.shown(prefixes, body, self.bits, self.amd)
         found = self._disassemble(shown)
         if found is None:
-            if len(code) < MAX_LENGTH and self._goes_on(shown):
+            if self._goes_on(shown):
                 raise TruncatedError
             raise InvalidEncodingError
         if prefixes.wide and prefixes.mandatory and self._rejected_without_rex_w(prefixes, shown):
