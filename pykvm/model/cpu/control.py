@@ -136,7 +136,7 @@ def cr4_allowed(cpu: Processor) -> int:
     allowed = int(_CR4_ALWAYS)
     for feature, bit in _CR4_BY_FEATURE.items():
         if getattr(cpu.features, feature):
-            allowed |= bit
+            allowed |= int(bit)  # ~ of an IntFlag knows only named bits
     return allowed
 
 

@@ -112,10 +112,10 @@ def _check_mtrr_default(cpu: Processor, value: int) -> None:
 def _write_efer(cpu: Processor, value: int) -> None:
     """LMA is not writable; LME cannot change while paging is on (SDM vol. 3, 2.2.1 and 10.8.5)."""
     features = cpu.features
-    allowed = Efer.LMA
-    allowed |= Efer.SCE if features.syscall else 0
-    allowed |= Efer.LME if features.lm else 0
-    allowed |= Efer.NXE if features.nx else 0
+    allowed = int(Efer.LMA)  # ~ of an IntFlag knows only named bits
+    allowed |= int(Efer.SCE) if features.syscall else 0
+    allowed |= int(Efer.LME) if features.lm else 0
+    allowed |= int(Efer.NXE) if features.nx else 0
     changed = value ^ cpu.efer
     if value & ~allowed or (changed & Efer.LME and cpu.cr0 & Cr0.PG):
         raise Fault.gp()
