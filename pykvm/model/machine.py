@@ -271,11 +271,13 @@ class ModelMachine(MachineClock, MachineMemory):
 
     def close(self) -> None:
         """Close the machine and its vCPUs, kicking those that run; its slots let their memory go."""
-        self._closed = True
-        for vcpu in self._vcpus:
+        with self.schedule.visit():
+            self._closed = True
+            vcpus = list(self._vcpus)  # no further one can be made
+        for vcpu in vcpus:
             vcpu.close()
         deadline = time.monotonic() + _CLOSE_SECONDS
-        while any(vcpu.running for vcpu in self._vcpus) and time.monotonic() < deadline:
+        while any(vcpu.running for vcpu in vcpus) and time.monotonic() < deadline:
             time.sleep(20e-6)
         with self.schedule.visit():
             for slot in self._slots.values():

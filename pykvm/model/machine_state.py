@@ -17,9 +17,17 @@ class MachineClock:
         """KVM_GET_CLOCK."""
         return ClockState(time.monotonic_ns() + self._clock_offset)
 
-    def set_clock(self, clock: int) -> None:
-        """KVM_SET_CLOCK: let it show ``clock`` nanoseconds now."""
-        self._clock_offset = clock - time.monotonic_ns()
+    def set_clock(self, clock: int, *, realtime: int | None = None) -> None:
+        """KVM_SET_CLOCK: let it show ``clock`` nanoseconds now.
+
+        With ``realtime`` (nanoseconds since the epoch) it was that then, and what passed since is added.
+        Raises UsageError for numbers that do not fit 64 bits.
+        """
+        for name, value in (("clock", clock), ("realtime", realtime or 0)):
+            if not 0 <= value < 1 << 64:
+                raise UsageError(f"{name} cannot be {value!r}: it does not fit the field's type and width.")
+        passed = 0 if realtime is None else max(0, time.time_ns() - realtime)
+        self._clock_offset = clock + passed - time.monotonic_ns()
 
     def save_state(self) -> MachineState:
         """The clock; there are no controllers."""

@@ -270,7 +270,7 @@ class MachineMemory:
         kind: type[KvmError] = SlotError
         why = (
             f"slot id {slot_id}, flags {int(flags):#x} or the range [{gpa:#x}, {gpa + size:#x}) is beyond "
-            f"what the model allows ({MAX_SLOTS} slots, 52 bits of address, 2^31-1 pages)."
+            "what the model allows (KVM_CAP_NR_MEMSLOTS: 32764, 52 address bits, 2^31-1 pages)."
         )
         if (gpa | size | offset) % PAGE_SIZE:
             kind = SlotAlignmentError

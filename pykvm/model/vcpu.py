@@ -196,7 +196,9 @@ class ModelVcpu(VcpuSnapshot, VcpuDebug):
 
     def _swallow(self, exit: Exit) -> bool:
         """Answer a port that nobody listens to: writes are lost, reads give ones."""
-        if self._ports is None or not isinstance(exit, IoOut | IoIn) or exit.port in self._ports:
+        if self._ports is None or not isinstance(exit, IoOut | IoIn):
+            return False
+        if not self._ports.isdisjoint(range(exit.port, exit.port + exit.size)):
             return False
         self.swallowed += 1
         self._counts["io_exits"] += 1

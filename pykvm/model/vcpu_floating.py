@@ -13,6 +13,9 @@ from pykvm.model.vcpu_registers import VcpuPart, check_width
 from pykvm.x86.fpu import FloatingPoint
 
 MAX_XCRS: Final = 16
+_XSTATE_BV: Final = 512
+_COMPONENTS: Final = 19
+"""How many state components are known (SDM vol. 1, 13.1)."""
 _SCALARS: Final = {
     "fcw": 16, "fsw": 16, "ftwx": 8, "last_opcode": 16, "last_ip": 64, "last_dp": 64, "mxcsr": 32,
 }  # fmt: skip
@@ -48,7 +51,10 @@ class VcpuFloating(VcpuPart):
         if len(area) < size or any(area[size:]):
             raise UsageError(f"This host's XSAVE area has {size} bytes, not {len(area)}.")
         with self.use("KVM_SET_XSAVE") as cpu:
+            present = int.from_bytes(area[_XSTATE_BV : _XSTATE_BV + 8], "little")
             try:
+                if present >> _COMPONENTS:
+                    raise UsageError("XSTATE_BV names components that no processor has.")
                 fpu_state.set_xsave(cpu, area[:size])
             except UsageError as error:
                 raise KvmError(errno.EINVAL, "KVM_SET_XSAVE", str(error)) from None
