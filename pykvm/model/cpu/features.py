@@ -57,6 +57,7 @@ _BITS = {
     "xsaves": (0xD, 1, "eax", 3),
     "lahf_lm": (0x80000001, 0, "ecx", 0),
     "abm": (0x80000001, 0, "ecx", 5),
+    "misalignsse": (0x80000001, 0, "ecx", 7),
     "syscall": (0x80000001, 0, "edx", 11),
     "nx": (0x80000001, 0, "edx", 20),
     "pages_1g": (0x80000001, 0, "edx", 26),
@@ -115,6 +116,7 @@ class Features:
     xsaves: bool
     lahf_lm: bool
     abm: bool
+    misalignsse: bool
     syscall: bool
     nx: bool
     pages_1g: bool

@@ -10,12 +10,12 @@ from pykvm.model.cpu.xstate import (
     IMPLEMENTED,
     LEGACY_AND_HEADER,
     MXCSR_DEFAULT,
-    MXCSR_MASK,
     PKRU,
     PKRU_NUMBER,
     SSE,
     X87,
     in_use,
+    mxcsr_mask,
     placement,
 )
 from pykvm.x86.fpu import FloatingPoint
@@ -50,7 +50,7 @@ def set_fpu(cpu: Processor, value: FloatingPoint) -> None:
     for registers, count in ((value.fpr, 8), (value.xmm, 16)):
         if len(registers) != count or any(len(register) != 16 for register in registers):
             raise UsageError("There are 8 x87 and 16 XMM registers of 16 bytes each.")
-    _check_mxcsr(value.mxcsr)
+    _check_mxcsr(cpu, value.mxcsr)
     x87 = cpu.x87
     stack.set_control(x87, value.fcw)
     stack.set_status(x87, value.fsw)
@@ -61,9 +61,10 @@ def set_fpu(cpu: Processor, value: FloatingPoint) -> None:
     cpu.mxcsr = value.mxcsr
 
 
-def _check_mxcsr(value: int) -> None:
-    if value & ~MXCSR_MASK:
-        raise UsageError(f"MXCSR {value:#x} has bits that this processor lacks; allowed are {MXCSR_MASK:#x}.")
+def _check_mxcsr(cpu: Processor, value: int) -> None:
+    allowed = mxcsr_mask(cpu)
+    if value & ~allowed:
+        raise UsageError(f"MXCSR {value:#x} has bits that this processor lacks; allowed are {allowed:#x}.")
 
 
 def get_xsave(cpu: Processor) -> bytes:
@@ -72,7 +73,7 @@ def get_xsave(cpu: Processor) -> bytes:
     present = in_use(cpu) | (SSE if cpu.mxcsr != MXCSR_DEFAULT else 0)
     area[0 : stack.HEADER_BYTES] = stack.header(cpu, True)
     area[_MXCSR : _MXCSR + 4] = cpu.mxcsr.to_bytes(4, "little")
-    area[_MXCSR_MASK_AT : _MXCSR_MASK_AT + 4] = MXCSR_MASK.to_bytes(4, "little")
+    area[_MXCSR_MASK_AT : _MXCSR_MASK_AT + 4] = mxcsr_mask(cpu).to_bytes(4, "little")
     area[_ST : _ST + stack.REGISTERS_BYTES] = stack.registers(cpu.x87)
     area[_XMM : _XMM + 256] = b"".join(register.to_bytes(16, "little") for register in cpu.xmm)
     offset, size = placement(cpu, PKRU_NUMBER)
@@ -100,7 +101,7 @@ def set_xsave(cpu: Processor, area: bytes) -> None:
     if foreign and _extended_bytes(area, offset, size):
         raise UsageError(f"The XSAVE area uses components {foreign:#x}, which the model does not have.")
     mxcsr = int.from_bytes(area[_MXCSR : _MXCSR + 4], "little") if present & SSE else MXCSR_DEFAULT
-    _check_mxcsr(mxcsr)
+    _check_mxcsr(cpu, mxcsr)
     if present & X87:
         stack.load_header(cpu, area, True)
         stack.load_registers(cpu.x87, area[_ST : _ST + stack.REGISTERS_BYTES])

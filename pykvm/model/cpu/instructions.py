@@ -14,6 +14,7 @@ from pykvm.model.cpu import (  # noqa: F401
     decimal,
     fast_calls,
     flag_control,
+    fxsave,
     hints,
     iret,
     moves,
@@ -37,4 +38,5 @@ from pykvm.model.cpu import (  # noqa: F401
     transfers,
     x87,
     x87_moves,
+    xsave,
 )

@@ -42,7 +42,7 @@ Lane = Callable[[int, int, Format, Environment], Result]
 def environment(cpu: Processor) -> Environment:
     """MXCSR's rounding, masks, DAZ and FZ (SDM vol. 1, 10.2.3)."""
     mxcsr = cpu.mxcsr
-    return Environment(Rounding(mxcsr >> 13 & 3), mxcsr >> 7 & 0x3F, bool(mxcsr & 0x40), bool(mxcsr >> 15))
+    return Environment(Rounding(mxcsr >> 13 & 3), mxcsr >> 7 & 0x3F, bool(mxcsr & 0x40), bool(mxcsr & 0x8000))
 
 
 def signal(cpu: Processor, results: Iterable[Result]) -> None:

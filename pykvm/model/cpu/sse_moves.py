@@ -23,7 +23,7 @@ from pykvm.model.cpu.vector import (
     store,
     touch_mmx,
 )
-from pykvm.model.cpu.xstate import MXCSR_MASK
+from pykvm.model.cpu.xstate import mxcsr_mask
 
 if TYPE_CHECKING:
     from pykvm.model.cpu.instruction import Instruction
@@ -200,7 +200,7 @@ def ldmxcsr(cpu: Processor, insn: Instruction) -> None:
     """Reserved bits raise #GP(0)."""
     require_sse(cpu, "sse")
     value = insn.operands[0].read(cpu)
-    if value & ~MXCSR_MASK:
+    if value & ~mxcsr_mask(cpu):
         raise Fault.gp()
     cpu.mxcsr = value
 

@@ -12,6 +12,7 @@ from pykvm.model.cpu import x87_registers as stack
 from pykvm.model.cpu.faults import Fault
 from pykvm.model.cpu.instruction import Immediate, Memory, Mmx, Operand
 from pykvm.model.cpu.semantics import semantics
+from pykvm.model.cpu.xstate import MXCSR_MM
 from pykvm.x86.bits import Cr0, Cr4
 from pykvm.x86.exceptions import Vector
 
@@ -83,10 +84,14 @@ def store(cpu: Processor, operand: Memory, size: int, value: int, *, aligned: bo
     cpu.store_linear(address, value.to_bytes(size, "little"))
 
 
-def read(cpu: Processor, operand: Operand, size: int, *, aligned: bool = True) -> int:
-    """A source: ``size`` bytes of memory, or a register as it is."""
+def read(cpu: Processor, operand: Operand, size: int, *, aligned: bool | None = None) -> int:
+    """A source: ``size`` bytes of memory, or a register as it is.
+
+    Without ``aligned`` it must be, unless MXCSR.MM says otherwise.
+    """
     if isinstance(operand, Memory):
-        return load(cpu, operand, size, aligned=aligned)
+        checked = not cpu.mxcsr & MXCSR_MM if aligned is None else aligned
+        return load(cpu, operand, size, aligned=checked)
     return operand.read(cpu)
 
 

@@ -17,8 +17,14 @@ IMPLEMENTED: Final = X87 | SSE | PKRU
 LEGACY_AND_HEADER: Final = 576
 PKRU_NUMBER: Final = 9
 MXCSR_DEFAULT: Final = 0x1F80
-MXCSR_MASK: Final = 0xFFFF
-"""The bits of MXCSR that may be set (SDM vol. 1, 11.6.6)."""
+MXCSR_MM: Final = 1 << 17
+"""AMD's misaligned mode (APM vol. 1, 4.2.2): operands, but not moves, need no alignment."""
+_MXCSR_MASK: Final = 0xFFFF
+
+
+def mxcsr_mask(cpu: Processor) -> int:
+    """The bits of MXCSR that may be set (SDM vol. 1, 11.6.6)."""
+    return _MXCSR_MASK | (MXCSR_MM if cpu.features.misalignsse else 0)
 
 
 def supported_xcr0(cpu: Processor) -> int:
