@@ -133,6 +133,22 @@ def run_paging(
     return PagingResult(count, tuple(differences), subject.features.left_out)
 
 
+def replay(systems: Sequence[System], index: int, explain: Explain | None = None) -> str:
+    """One case in words: what it is, what each system's machine does, and what should happen.
+
+    Raises UsageError where a system lacks what it needs.
+    """
+    subject = Subject.of(*systems)
+    case = _runnable(index, subject.features)
+    lines = [case.describe()]
+    for system in systems:
+        with PagingRoom(system, subject.cpuid, cases=1) as room:
+            lines.append(f"{system.backend}: {', '.join(_observations(case, room.run(case)))}")
+    if explain:
+        lines.append(explain(case, subject.cpuid))
+    return "\n".join(lines)
+
+
 def _runnable(index: int, features: Features) -> PagingCase:
     case = PagingCase.from_index(index)
     if missing := case.missing(features):

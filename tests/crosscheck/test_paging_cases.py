@@ -19,6 +19,7 @@ from pykvm.crosscheck.paging_run import (
     compare,
     known,
     outcomes,
+    replay,
     run_case,
     run_paging,
 )
@@ -181,8 +182,8 @@ def test_kvm_translates_as_the_page_walk_does(system: KvmSystem) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_kvm_translates_as_the_page_walk_does_in_every_case(system: KvmSystem) -> None:
-    """The whole product as far as the host goes, at most a million cases spread over it: 391,680 and about
-    two minutes with 4-level paging and NX alone."""
+    """The whole product as far as the host goes, at most a million cases spread over it: 391,680 and two to
+    five minutes with 4-level paging and NX alone."""
     runnable = Runnable(Subject.of(system).features)
     step = -(-len(runnable) // 1_000_000)
     seen = check(system, (runnable[number] for number in range(0, len(runnable), step)))
@@ -266,6 +267,20 @@ def test_a_model_that_ignores_write_protection_is_found_out(
     with ModelSystem() as model:
         again = run_paging(model, system, [found.case.index for found in result.disagreements])
     assert again.disagreements == ()
+
+
+def test_a_replayed_case_tells_everything(system: KvmSystem) -> None:
+    with ModelSystem() as model:
+        text = replay([model, system], 1 + 12 * 120 * 16, explain)
+    assert text.splitlines()[:3] == [
+        "case 23041: read at CPL 0, 4 levels, 4 KiB page, CR0.WP=1, EFER.NXE=0, CR4.SMEP=0, CR4.SMAP=0, "
+        "CR4.PKE=0; leaf P+US; PML4E P+RW+US; A=0 in the other entries",
+        "model: done, the target holds 0x4030201feeb10e6, the register holds 0xfeeb10e6, "
+        "A of the PML4E changed, A of the PDPTE changed, A of the PDE changed, A of the PTE changed",
+        "kvm: done, the target holds 0x4030201feeb10e6, the register holds 0xfeeb10e6, "
+        "A of the PML4E changed, A of the PDPTE changed, A of the PDE changed, A of the PTE changed",
+    ]
+    assert text.splitlines()[3].startswith("supervisor read of 0x8080203120, 4-level paging")
 
 
 def test_a_case_that_the_host_cannot_run_is_refused(system: KvmSystem) -> None:
