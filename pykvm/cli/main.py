@@ -31,6 +31,7 @@ class Commands(click.Group):
         "run": "run",
         "dirty": "dirty",
         "migrate": "migrate",
+        "replay": "replay",
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:

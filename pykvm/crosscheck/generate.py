@@ -41,6 +41,7 @@ _TABLES: Final = TablePlan(0x8000, 40, handlers=_HANDLERS)
 # The data: 16 pages that all modes reach, in real mode through one segment.
 _DATA: Final = 0x80000
 _DATA_PAGES: Final = 16
+_FIRST_BYTES: Final = 16
 _SPARE: Final = 0xA0000
 """Where slots are moved to and added."""
 _SYSTEM_FLAGS: Final = Pte.P | Pte.RW | Pte.US | Pte.A
@@ -90,7 +91,7 @@ def random_scenario(source: Source, name: str = "random") -> Scenario:
     ground = _random_ground(source, mode, cpl, logs=tracker != "none")
     vcpus = 1 + chance(source, 20)
     terrain = _terrain(ground, vcpus)
-    contents = [Contents(1, 0, _random_bytes(source))]
+    contents = _random_contents(source)
     plans, programs = [], []
     for number in range(vcpus):
         code, marks, units = random_program(source, terrain, _CODE_BYTES)
@@ -198,9 +199,10 @@ def _terrain(ground: _Ground, vcpus: int) -> Terrain:
     return Terrain(bits, ground.cpl, _DATA, segment, tuple(kinds), tuple(entries), careful)
 
 
-def _random_bytes(source: Source) -> bytes:
-    """What the data holds at first, decided by one choice: it does not matter much."""
-    return Random(source.integer(0, 0xFFFF)).randbytes(_DATA_PAGES * PAGE_SIZE)
+def _random_contents(source: Source) -> list[Contents]:
+    """What the data's pages begin with, decided by one choice: it does not matter much."""
+    random = Random(source.integer(0, 0xFFFF))
+    return [Contents(1, page * PAGE_SIZE, random.randbytes(_FIRST_BYTES)) for page in range(_DATA_PAGES)]
 
 
 def _random_registers(source: Source, rip: int, vcpu: int, cpl: int) -> Registers:

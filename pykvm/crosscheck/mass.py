@@ -21,6 +21,7 @@ LEVELS: Final = (Level.L4, Level.L0, Level.L1)
 """From the most telling to the most general."""
 MOST_FAILURES: Final = 10
 """A run ends after so many: whatever comes then has the same cause as a rule."""
+SHRINK_SECONDS: Final = 5.0
 
 
 @dataclass(slots=True)
@@ -64,15 +65,16 @@ def run_scenarios(
     seed: int,
     directory: Path,
     progress: Callable[[ScenarioReport], None] = lambda report: None,
+    most_failures: int = MOST_FAILURES,
 ) -> ScenarioReport:
     """Check random scenarios for ``seconds``; the same ``seed`` gives the same ones in the same order.
 
-    ``progress`` hears after each.  A scenario that fails is shrunk and saved in ``directory``.  Raises as
-    ``run`` does, and OSError.
+    ``progress`` hears after each.  A scenario that fails is shrunk (for up to SHRINK_SECONDS, which count)
+    and saved in ``directory``; after ``most_failures`` the run ends.  Raises as ``run`` does, and OSError.
     """
     report = ScenarioReport()
     begin = time.monotonic()
-    while time.monotonic() - begin < seconds and len(report.disagreements) < MOST_FAILURES:
+    while time.monotonic() - begin < seconds and len(report.disagreements) < most_failures:
         name = f"seed {seed}, case {report.cases}"
         source = RandomSource(name)
         scenario = random_scenario(source, name)
@@ -81,7 +83,9 @@ def run_scenarios(
         report.cases += 1
         _count(report.coverage, trace)
         if isinstance(result, Difference):
-            small = shrink(source.choices, lambda each: fails(each, first, second), name=name)
+            small = shrink(
+                source.choices, lambda each: fails(each, first, second), name=name, seconds=SHRINK_SECONDS
+            )
             report.disagreements.append(_saved(small, directory, check(small, first, second), result))
         elif result.note:
             report.partial += 1

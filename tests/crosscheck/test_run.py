@@ -10,6 +10,7 @@ import pytest
 from pykvm.crosscheck import steps as plan
 from pykvm.crosscheck.compare import Agreement
 from pykvm.crosscheck.mass import judge
+from pykvm.crosscheck.rig import HANDLER_PORT
 from pykvm.crosscheck.rules import CROSSING_STORE, NEW_MAPPINGS, READ_OF_DIRTY_ENTRY, WORKLOAD_ENTRIES
 from pykvm.crosscheck.run import run
 from pykvm.crosscheck.scenario import (
@@ -40,6 +41,7 @@ from pykvm.machine import (
 )
 from pykvm.memory import PAGE_SIZE
 from pykvm.model.system import ModelSystem
+from pykvm.x86.exceptions import Vector
 from tests.crosscheck.samples import (
     CODE,
     DATA,
@@ -49,6 +51,7 @@ from tests.crosscheck.samples import (
     MODES,
     OUT,
     PAGES,
+    PORT,
     STACK,
     TABLES,
     data_slot,
@@ -328,3 +331,29 @@ def test_what_kvms_emulator_lacks_ends_the_comparison(system: KvmSystem, model: 
         assert "kvm gave up: KVM internal error 1 (emulation failed)" in result.note
     else:
         assert result.steps == 2
+
+
+# --- where KVM's emulator has an order of its own (docs/kvm-findings.md) ------------------------------
+
+
+def test_kvms_emulator_reads_before_it_faults(system: KvmSystem, model: ModelSystem) -> None:
+    """inc byte [rdi] where the page is read-only and has no memory; hosts with native CPL 0 just fault."""
+    mappings = (Mapping(0, 0, PAGES * PAGE_SIZE, flags=0x27), Mapping(DATA, 1 << 30, PAGE_SIZE, flags=0x25))
+    code = b"\xbf" + DATA.to_bytes(4, "little") + b"\xfe\x07"
+    made = scenario("rmw", guest("long", 0, code, mappings=mappings), plan.Run(fill=0), plan.Run())
+    fault = IoOut(HANDLER_PORT + Vector.PF, 1, b"\x41")
+    ours, theirs = run(made, model).steps[0].exits, run(made, system).steps[0].exits
+    assert ours == (fault,)
+    assert theirs in {(MmioRead(1 << 30, 1), fault), (fault,)}
+
+
+def test_kvms_emulator_ends_rep_at_the_next_entry(system: KvmSystem, model: ModelSystem) -> None:
+    """rep stosb of two bytes to a page without memory: both machines agree, with RIP where each has it."""
+    code = b"\xb9\2\0\0\0\xbf" + (1 << 30).to_bytes(4, "little") + b"\xf3\xaa" + OUT
+    made = scenario("rep", guest("protected32", 0, code), plan.Run(0, 2), plan.Run())
+    theirs, ours = run(made, system), run(made, model)
+    assert ours.steps[0].exits == (MmioWrite(1 << 30, b"\x41"), MmioWrite((1 << 30) + 1, b"\x41"))
+    assert isinstance(judge(theirs, ours), Agreement)
+    assert ours.steps[0].vcpus[0].registers.rip == CODE + 12
+    assert theirs.steps[0].vcpus[0].registers.rip in {CODE + 10, CODE + 12}
+    assert theirs.steps[1].exits == ours.steps[1].exits == (IoOut(PORT, 1, b"\x41"),)

@@ -1,0 +1,122 @@
+"""``pykvm replay``: run a saved case again on two machines and say whether they agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pykvm.backends import open_system
+from pykvm.cli.parameters import duration_type
+from pykvm.cli.session import Session, common_options
+from pykvm.cli.walks import explain
+from pykvm.crosscheck.compare import Difference
+from pykvm.crosscheck.mass import judge
+from pykvm.crosscheck.paging_run import run_paging
+from pykvm.crosscheck.run import run
+from pykvm.crosscheck.saved import SavedPaging, load_case
+from pykvm.crosscheck.scenario import Scenario
+from pykvm.crosscheck.steps import describe
+from pykvm.crosscheck.trace import Trace
+from pykvm.errors import DisagreementError
+from pykvm.machine import System
+
+
+@click.command("replay", short_help="Run a saved case on two machines again.")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--against",
+    type=click.Choice(["model", "kvm"]),
+    default="model",
+    show_default=True,
+    help="The machine to hold the one of --backend against.",
+)
+@click.option(
+    "--timeout",
+    type=duration_type(minimum=0.001),
+    default="10s",
+    show_default=True,
+    help="How long a scenario may run on each machine.",
+)
+@click.option("--steps", is_flag=True, help="Show what each step of a scenario did on both machines.")
+@common_options
+def command(session: Session, file: Path, against: str, timeout: float, steps: bool) -> None:
+    """Run the case in FILE, which 'pykvm crosscheck' saved, on two machines and compare.
+
+    The exit status is 0 if they agree and 13 if they do not. Scenarios are compared at the levels L4
+    (state), L0 (no page is lost) and L1 (the same pages are reported).
+    """
+    case = load_case(file)
+    with open_system(session.backend) as first, open_system(against) as second:
+        machines = (first.backend, second.backend)
+        session.document |= {"file": str(file), "kind": case.to_json()["kind"], "machines": machines}
+        if first.backend == second.backend:
+            session.note(f"Only the {first.backend} is used: it is held against itself.")
+        if isinstance(case, Scenario):
+            words = _replay_scenario(session, case, (first, second), file, timeout=timeout, steps=steps)
+        else:
+            words = _replay_paging(session, case, (first, second))
+    session.document["agrees"] = not words
+    if words:
+        raise DisagreementError(words)
+
+
+def _replay_scenario(
+    session: Session,
+    scenario: Scenario,
+    systems: tuple[System, System],
+    file: Path,
+    *,
+    timeout: float,
+    steps: bool,
+) -> str:
+    """The first difference in words, empty if there is none."""
+    traces = [run(scenario, system, seconds=timeout) for system in systems]
+    if steps:
+        for trace in traces:
+            _show(session, trace)
+    result = judge(*traces)
+    session.document |= {"name": scenario.name, "steps": len(scenario.steps), "difference": None}
+    if isinstance(result, Difference):
+        session.document["difference"] = _difference(result)
+        return str(result).replace(result.command, f"pykvm replay {file}")
+    session.document["note"] = result.note
+    session.out.print(str(result), markup=False, soft_wrap=True)
+    return ""
+
+
+def _difference(difference: Difference) -> dict[str, Any]:
+    return {
+        "level": difference.level.value,
+        "step": difference.step,
+        "action": difference.action,
+        "what": difference.what,
+        "values": difference.values,
+        "rule": difference.rule,
+    }
+
+
+def _show(session: Session, trace: Trace) -> None:
+    session.note(f"On {trace.backend}:")
+    for step in trace.steps:
+        session.note(f"  step {step.number}: {describe(step.step)}")
+        for reason in step.exits:
+            session.note(f"    exit {reason}")
+        for text in filter(None, (step.message, step.impossible, "out of time" if step.overdue else "")):
+            session.note(f"    {text}")
+        if step.dirty is not None:
+            session.note("    dirty: " + (", ".join(f"{s}:{gfn:#x}" for s, gfn in step.dirty) or "nothing"))
+        if step.changed:
+            session.note("    changed: " + ", ".join(f"{m}:{page:#x}" for m, page in sorted(step.changed)))
+
+
+def _replay_paging(session: Session, case: SavedPaging, systems: tuple[System, System]) -> str:
+    result = run_paging(*systems, [case.index], explain=explain)
+    for difference in result.differences:
+        session.note(str(difference))
+    wrong = [words for each in result.disagreements for words in each.words]
+    session.document |= {"index": case.index, "difference": wrong or None}
+    if not wrong:
+        session.out.print(f"Both machines agree about paging case {case.index}.")
+    return "; ".join(wrong)
