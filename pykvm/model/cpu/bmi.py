@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from pykvm.model.cpu.processor import Processor
 
 
+def _require(cpu: Processor, feature: bool) -> None:
+    """#UD without the feature, and in real and virtual-8086 mode (SDM vol. 2, table 2-29)."""
+    require(feature and not cpu.real_or_vm86)
+
+
 def _set_logic(cpu: Processor, result: int, size: int, carry: bool = False) -> None:
     """SF and ZF of the result, OF clear, CF as given; AF and PF are undefined: clear, and of the result."""
     status = flags.logic(result, size) | (CF if carry else 0)
@@ -26,7 +31,7 @@ def _set_logic(cpu: Processor, result: int, size: int, carry: bool = False) -> N
 
 @semantics("andn", undefined=AF | PF)
 def andn(cpu: Processor, insn: Instruction) -> None:
-    require(cpu.features.bmi1)
+    _require(cpu, cpu.features.bmi1)
     target, inverted, other = insn.operands
     result = ~inverted.read(cpu) & other.read(cpu) & MASK[target.size]
     target.write(cpu, result)
@@ -36,7 +41,7 @@ def andn(cpu: Processor, insn: Instruction) -> None:
 @semantics("bextr", undefined=AF | SF | PF)
 def bextr(cpu: Processor, insn: Instruction) -> None:
     """Bits from the start in the control's low byte, as many as its second byte says."""
-    require(cpu.features.bmi1)
+    _require(cpu, cpu.features.bmi1)
     target, source, control = insn.operands
     start, length = control.read(cpu) & 0xFF, control.read(cpu) >> 8 & 0xFF
     result = source.read(cpu) >> start & (1 << length) - 1
@@ -47,7 +52,7 @@ def bextr(cpu: Processor, insn: Instruction) -> None:
 @semantics("blsi", undefined=AF | PF)
 def blsi(cpu: Processor, insn: Instruction) -> None:
     """The lowest one bit alone; CF: there was one."""
-    require(cpu.features.bmi1)
+    _require(cpu, cpu.features.bmi1)
     target, source = insn.operands
     value = source.read(cpu)
     target.write(cpu, value & -value)
@@ -57,7 +62,7 @@ def blsi(cpu: Processor, insn: Instruction) -> None:
 @semantics("blsmsk", undefined=AF | PF)
 def blsmsk(cpu: Processor, insn: Instruction) -> None:
     """All bits up to the lowest one bit; CF: there was none."""
-    require(cpu.features.bmi1)
+    _require(cpu, cpu.features.bmi1)
     target, source = insn.operands
     value = source.read(cpu)
     result = (value ^ value - 1) & MASK[target.size]
@@ -68,7 +73,7 @@ def blsmsk(cpu: Processor, insn: Instruction) -> None:
 @semantics("blsr", undefined=AF | PF)
 def blsr(cpu: Processor, insn: Instruction) -> None:
     """The lowest one bit reset; CF: there was none."""
-    require(cpu.features.bmi1)
+    _require(cpu, cpu.features.bmi1)
     target, source = insn.operands
     value = source.read(cpu)
     target.write(cpu, value & value - 1)
@@ -81,7 +86,7 @@ def blsr(cpu: Processor, insn: Instruction) -> None:
 @semantics("bzhi", undefined=AF | PF)
 def bzhi(cpu: Processor, insn: Instruction) -> None:
     """The bits from the index upwards cleared; CF: the index is beyond the operand."""
-    require(cpu.features.bmi2)
+    _require(cpu, cpu.features.bmi2)
     target, source, index = insn.operands
     number = index.read(cpu) & 0xFF
     result = source.read(cpu) & (1 << number) - 1
@@ -92,7 +97,7 @@ def bzhi(cpu: Processor, insn: Instruction) -> None:
 @semantics("mulx")
 def mulx(cpu: Processor, insn: Instruction) -> None:
     """rDX times the source, without flags; of one register twice the upper half stays."""
-    require(cpu.features.bmi2)
+    _require(cpu, cpu.features.bmi2)
     high, low, source = insn.operands
     product = get(cpu, RDX, high.size) * source.read(cpu)
     low.write(cpu, product & MASK[low.size])
@@ -102,7 +107,7 @@ def mulx(cpu: Processor, insn: Instruction) -> None:
 @semantics("pdep")
 def pdep(cpu: Processor, insn: Instruction) -> None:
     """The source's low bits spread to where the mask has ones."""
-    require(cpu.features.bmi2)
+    _require(cpu, cpu.features.bmi2)
     target, source, mask = insn.operands
     value, places, result = source.read(cpu), mask.read(cpu), 0
     while places:
@@ -117,7 +122,7 @@ def pdep(cpu: Processor, insn: Instruction) -> None:
 @semantics("pext")
 def pext(cpu: Processor, insn: Instruction) -> None:
     """The source's bits where the mask has ones, gathered at the bottom."""
-    require(cpu.features.bmi2)
+    _require(cpu, cpu.features.bmi2)
     target, source, mask = insn.operands
     value, places, result, bit = source.read(cpu), mask.read(cpu), 0, 1
     while places:
@@ -131,7 +136,7 @@ def pext(cpu: Processor, insn: Instruction) -> None:
 
 @semantics("rorx")
 def rorx(cpu: Processor, insn: Instruction) -> None:
-    require(cpu.features.bmi2)
+    _require(cpu, cpu.features.bmi2)
     target, source, count = insn.operands
     bits = 8 * target.size
     value, places = source.read(cpu), count.read(cpu) % bits
@@ -140,21 +145,21 @@ def rorx(cpu: Processor, insn: Instruction) -> None:
 
 @semantics("shlx")
 def shlx(cpu: Processor, insn: Instruction) -> None:
-    require(cpu.features.bmi2)
+    _require(cpu, cpu.features.bmi2)
     target, source, count = insn.operands
     target.write(cpu, source.read(cpu) << count.read(cpu) % (8 * target.size) & MASK[target.size])
 
 
 @semantics("shrx")
 def shrx(cpu: Processor, insn: Instruction) -> None:
-    require(cpu.features.bmi2)
+    _require(cpu, cpu.features.bmi2)
     target, source, count = insn.operands
     target.write(cpu, source.read(cpu) >> count.read(cpu) % (8 * target.size))
 
 
 @semantics("sarx")
 def sarx(cpu: Processor, insn: Instruction) -> None:
-    require(cpu.features.bmi2)
+    _require(cpu, cpu.features.bmi2)
     target, source, count = insn.operands
     value = signed(source.read(cpu), target.size) >> count.read(cpu) % (8 * target.size)
     target.write(cpu, value & MASK[target.size])
