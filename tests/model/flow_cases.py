@@ -596,4 +596,6 @@ WORLDS: Final[dict[str, Callable[[], World]]] = {
         .put(0x9050, "0f0bb807000f0b")
         .put(handler(6), "83f007740583042402cff4")
     ),
+    # push 0xaaaaaaaa; pop eax; push ds; hlt
+    "push of a segment register": lambda: World(32).code("68aaaaaaaa581ef4"),
 }

@@ -44,6 +44,7 @@ _OTHERWISE = {
     "local tss": "error code 0 instead of the selector",
     "long return to 32 bits with null stack": "IRETQ to 32-bit code takes a null SS",
     "long return not canonical": "#GP at the target, after IRETQ has loaded the rest",
+    "push of a segment register": "a 32-bit push of a segment register writes 16 bits, AMD's processors 32",
     "single step over mov ss": "MOV SS does not hold off the single-step trap",
     "data breakpoint": "data breakpoints never fire (hosts.md C.4)",
     "user interrupt": _INVALID,
