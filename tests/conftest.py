@@ -36,7 +36,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A test that takes a real system or VM runs on KVM; slow sweeps only run when -m asks for them."""
     for item in items:
-        if {"system", "vm"} & set(getattr(item, "fixturenames", ())):
+        backend = item.callspec.params.get("system") if hasattr(item, "callspec") else None
+        if backend != "model" and {"system", "vm"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.kvm)
     if not config.option.markexpr:
         kept = [item for item in items if item.get_closest_marker("slow") is None]

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from pykvm.backends import open_system
 from pykvm.cli import dirty, main
+from pykvm.cli import run as run_command
 from pykvm.errors import DeviceMissingError, DevicePermissionError
 from pykvm.guest import catalog
 from tests.cli.runner import command_line, environment, execute, invoke
@@ -62,10 +64,25 @@ def test_a_mistake_is_one_json_object(capfd: Capture, mistake: str) -> None:
     assert sentence in result.document["error"]
 
 
-def test_the_model_backend_says_that_it_is_not_here(capfd: Capture) -> None:
-    result = invoke(capfd, "dirty", "hotspot", "--backend", "model")
-    assert result.status == 3
+def test_what_the_model_lacks_is_one_sentence(capfd: Capture, tmp_path: Path) -> None:
+    image = tmp_path / "halt.bin"
+    image.write_bytes(b"\xf4")
+    result = invoke(capfd, "run", str(image), "--irqchip", "--backend", "model")
+    assert result.status == 5
+    assert result.err == "pykvm: The reference machine has no interrupt controllers; do without --irqchip.\n"
+
+
+def test_auto_takes_the_model_where_kvm_is_unusable_and_says_why(
+    capfd: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(run_command, "open_system", lambda backend: open_system(backend, device="/dev/null"))
+    image = tmp_path / "halt.bin"
+    image.write_bytes(b"\xf4")
+    result = invoke(capfd, "run", str(image), "--json")
+    assert result.status == 0
+    assert result.document["backend"] == "model"
     assert "reference machine" in result.err
+    assert "/dev/null is not a KVM device" in result.err
 
 
 @pytest.mark.parametrize(("error", "status"), [(DeviceMissingError, 3), (DevicePermissionError, 4)])
@@ -83,9 +100,12 @@ def test_a_host_without_kvm_has_its_statuses(
 
 def test_info_tells_about_the_host_even_without_kvm(capfd: Capture) -> None:
     result = invoke(capfd, "info", "--backend", "model", "--json")
-    assert result.status == 3
+    assert result.status == 0
     assert result.document["kernel"] == os.uname().release
-    assert "error" in result.document
+    assert result.document["backend"] == "model"
+    assert {mode["execution"] for mode in result.document["modes"]} == {"emulated"}, "every mode runs"
+    assert result.document["missing"] == []
+    assert result.document["mmu"]["kind"] == "none"
 
 
 def test_a_bug_is_called_one(capfd: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

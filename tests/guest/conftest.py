@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pykvm.machine import Exit, Kicked, Registers
+from tests.backends import system
 
 
 class FakeVcpu:
@@ -83,3 +84,6 @@ def fake_vcpu() -> type[FakeVcpu]:
 @pytest.fixture
 def fake_machine() -> type[FakeMachine]:
     return FakeMachine
+
+
+__all__ = ["FakeMachine", "FakeVcpu", "fake_machine", "fake_vcpu", "system"]

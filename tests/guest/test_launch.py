@@ -1,4 +1,4 @@
-"""Images and modes on real KVM."""
+"""Images and modes on real KVM and on the model."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pykvm.guest.modes import MODES, launch_mode_test, why_mode_fails
 from pykvm.guest.pc_devices import DebugExit, DebugText, PostCode, Serial16550
 from pykvm.machine import IoOut, Registers, Segment
 from pykvm.memory import GuestMemory
+from tests.backends import on_kvm
 
 MIB = 1 << 20
 
@@ -133,6 +134,7 @@ def test_multiboot_kernel_has_a_page_for_its_apic_and_no_x2apic(system):
         assert [slot.gpa for slot in guest.machine.slots.values()] == [0, 0xFEE00000]
 
 
+@on_kvm
 def test_multiboot_kernel_with_an_interrupt_controller(system):
     board = Board()
 

@@ -8,8 +8,7 @@ from pykvm.guest.boot import BootMode
 from pykvm.guest.devices import Device, DeviceBus
 from pykvm.guest.images import load_image
 from pykvm.guest.launch import launch
-from pykvm.kvm import KvmSystem
-from pykvm.machine import Vcpu
+from pykvm.machine import System, Vcpu
 
 MMIO = 0x40000000
 # mov eax, cr4; or eax, 0x200 (OSFXSR); mov cr4, eax; again: movups [MMIO], xmm0; jmp again
@@ -28,7 +27,7 @@ class Recorder(Device):
         time.sleep(50e-6)
 
 
-def test_a_store_in_two_parts_survives_pauses_and_saved_states(system: KvmSystem) -> None:
+def test_a_store_in_two_parts_survives_pauses_and_saved_states(system: System) -> None:
     """16 bytes to a device are two exits (docs/reference/hosts.md C.3)."""
     bus = DeviceBus()
     device = Recorder()

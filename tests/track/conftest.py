@@ -1,6 +1,6 @@
 """A guest that stores to chosen pages and stops, small enough to be checked by reading.
 
-Real mode, so it runs on every KVM; at most 50 stores an entry, so that a ring of the smallest size is safe
+Real mode, so it runs everywhere; at most 50 stores an entry, so that a ring of the smallest size is safe
 even where KVM emulates the code in batches (docs/reference/hosts.md D.7).
 """
 
@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 
-from pykvm.kvm import KvmSystem, KvmVcpu, KvmVm
-from pykvm.machine import DirtyPages, Halted, Registers
+from pykvm.machine import DirtyPages, Halted, Machine, Registers, System, Vcpu
 from pykvm.memory import PAGE_SIZE, GuestMemory
 from pykvm.track import Tracker
+from tests.backends import system
 
 CODE = 0x1000
 CODE_PAGE = (0, CODE // PAGE_SIZE)
@@ -31,9 +31,9 @@ def store_code(pages: Iterable[int]) -> bytes:
 
 
 class Rig:
-    """A VM with 1 MiB, prepared and armed by one tracker."""
+    """A machine with 1 MiB, prepared and armed by one tracker."""
 
-    def __init__(self, vm: KvmVm, memory: GuestMemory, tracker: Tracker, vcpus: int = 1) -> None:
+    def __init__(self, vm: Machine, memory: GuestMemory, tracker: Tracker, vcpus: int = 1) -> None:
         self.vm = vm
         self.memory = memory
         self.tracker = tracker
@@ -47,7 +47,7 @@ class Rig:
             vcpu.set_special_registers(special)
         memory.write(0, b"\1" * memory.size)
 
-    def store(self, pages: Iterable[int], vcpu: KvmVcpu | None = None) -> None:
+    def store(self, pages: Iterable[int], vcpu: Vcpu | None = None) -> None:
         """Have the guest write each of the pages, in order."""
         todo = list(pages)
         for start in range(0, len(todo), MAX_STORES):
@@ -67,9 +67,9 @@ class Rig:
 
 
 @pytest.fixture
-def rig(system: KvmSystem) -> Iterator[Callable[..., Rig]]:
+def rig(system: System) -> Iterator[Callable[..., Rig]]:
     """Makes rigs; closes them."""
-    machines: list[KvmVm] = []
+    machines: list[Machine] = []
     memories: list[GuestMemory] = []
 
     def make(tracker: Tracker, vcpus: int = 1) -> Rig:
@@ -82,3 +82,6 @@ def rig(system: KvmSystem) -> Iterator[Callable[..., Rig]]:
         machine.close()
     for memory in memories:
         memory.close()
+
+
+__all__ = ["rig", "system"]

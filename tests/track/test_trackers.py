@@ -1,4 +1,4 @@
-"""The three KVM trackers on a real KVM: exactly what the guest wrote, no page lost, whatever the order."""
+"""The three trackers, on both machines: exactly what the guest wrote, no page lost, whatever the order."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from pykvm.machine import DirtyRingFull, Gfns, Halted, Registers, Slot, SlotFlag
 from pykvm.memory import PAGE_SIZE, GuestMemory
 from pykvm.track import TRACKERS, ManualTracker, RingTracker, Tracker, make_tracker
 from pykvm.track.manual import clear_ranges
+from tests.backends import on_kvm
 from tests.rings import LEAST_RING
 
 from .conftest import CODE, PAGES, Rig, store_code
@@ -183,6 +184,7 @@ def test_a_ring_stopped_by_its_limit_loses_nothing(rig: MakeRig) -> None:
     assert machine.reported() == set(DATA)
 
 
+@on_kvm
 def test_asking_for_a_full_ring_leaves_the_exit_to_its_thread(rig: MakeRig) -> None:
     """A collector asks from another thread, which may be faster than the one that came out with the exit."""
     machine = rig(RingTracker(LEAST_RING))
@@ -323,12 +325,14 @@ def test_the_ring_of_another_machines_vcpu_is_refused(rig: MakeRig) -> None:
         one.vm.collect_rings([other.vcpus[0]])
 
 
+@on_kvm
 def test_a_host_without_rings_is_told(vm: KvmVm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(KvmVm, "check_extension", lambda self, capability: 0)
     with pytest.raises(CapabilityError, match="use the bitmap"):
         RingTracker(4096).prepare(vm)
 
 
+@on_kvm
 def test_a_host_without_manual_protect_is_told(vm: KvmVm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(KvmVm, "check_extension", lambda self, capability: 1)
     with pytest.raises(CapabilityError, match="INITIALLY_SET; use the bitmap tracker"):
