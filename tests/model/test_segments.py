@@ -131,6 +131,13 @@ def test_real_mode_keeps_the_limit() -> None:
     assert (ended.cpu.segments[ES].base, ended.cpu.segments[ES].selector) == (0x100, 0x10)
 
 
+def test_real_mode_makes_a_null_segment_usable() -> None:
+    # mov cr0, eax; mov ds, di; mov cr0, ecx; mov ds, bx; mov dl, [0xffff]; hlt
+    world = World(16).code("0f22c0 8edf 0f22c1 8edb 8a16ffff f4").set(rax=0x11, rcx=0x10, rbx=0x900)
+    ended = world.put(0x18FFF, "5a").run()
+    assert (ended.cpu.regs[RDX], ended.cpu.segments[DS].limit) == (0x5A, 0xFFFF)
+
+
 def test_mov_ss_holds_off_interrupts_for_one_instruction() -> None:
     world = World().code("8ed09090f4").set(rax=DATA32, rflags=0x202)  # mov ss, ax; nop; nop; hlt
     cpu = world.processor()

@@ -78,12 +78,16 @@ def null_segment(selector: int, dpl: int = 0) -> Segment:
 def real_segment(cpu: Processor, number: int, selector: int) -> Segment:
     """A segment register after a load in real-address or virtual-8086 mode.
 
-    Real mode changes selector and base only: limit and attributes stay (SDM vol. 3, 21.1.1 and 10.9.2).
-    Virtual-8086 mode makes every segment 64 KiB, writable, DPL 3 (SDM vol. 3, 21.2.1 and 27.3.1.2).
+    Real mode changes selector and base only: limit and attributes stay (SDM vol. 3, 21.1.1 and 10.9.2), but
+    those of a null selector, which nothing defines, become those after reset.  Virtual-8086 mode makes every
+    segment 64 KiB, writable, DPL 3 (SDM vol. 3, 21.2.1 and 27.3.1.2).
     """
     if cpu.vm86:
         return Segment(base=selector << 4, selector=selector, type=3, dpl=3)
-    return replace(cpu.segments[number], base=selector << 4, selector=selector, present=1, unusable=0, s=1)
+    old = cpu.segments[number]
+    if old.unusable:
+        return Segment(base=selector << 4, selector=selector)
+    return replace(old, base=selector << 4, selector=selector)
 
 
 def segment_of(selector: int, raw: int) -> Segment:

@@ -87,4 +87,4 @@ def push_all(cpu: Processor, values: Iterable[int], size: int, error: int | None
     for value in values:
         cpu.push(value & MASK[size], size)
     if error is not None:
-        cpu.push(error, size)
+        cpu.push(error & MASK[size], size)
