@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,24 @@ from pykvm.backends import open_system
 from pykvm.cli.parameters import duration_type
 from pykvm.cli.session import Session, common_options
 from pykvm.cli.walks import explain
+from pykvm.crosscheck import paging_run
 from pykvm.crosscheck.compare import Difference
+from pykvm.crosscheck.instructions.bench import UNEXPLAINED, Bench, Kind
+from pykvm.crosscheck.instructions.case import InstructionCase
+from pykvm.crosscheck.instructions.compare import describe as describe_case
+from pykvm.crosscheck.instructions.compare import ending
 from pykvm.crosscheck.mass import judge
-from pykvm.crosscheck.paging_run import run_paging
 from pykvm.crosscheck.run import run
 from pykvm.crosscheck.saved import SavedPaging, load_case
 from pykvm.crosscheck.scenario import Scenario
 from pykvm.crosscheck.steps import describe
 from pykvm.crosscheck.trace import Trace
-from pykvm.errors import DisagreementError
+from pykvm.errors import DisagreementError, HostError
 from pykvm.machine import System
+from pykvm.model.oracle import InstructionOracle
+from pykvm.observe import HostCpu
+from pykvm.observe.cpuid import host_cpuid
+from pykvm.x86.cpuid import CpuidEntry
 
 
 @click.command("replay", short_help="Run a saved case on two machines again.")
@@ -51,12 +60,14 @@ def command(session: Session, file: Path, against: str, timeout: float, steps: b
     with open_system(session.backend) as first, open_system(against) as second:
         machines = (first.backend, second.backend)
         session.document |= {"file": str(file), "kind": case.to_json()["kind"], "machines": machines}
-        if first.backend == second.backend:
+        if first.backend == second.backend and not isinstance(case, InstructionCase):
             session.note(f"Only the {first.backend} is used: it is held against itself.")
         if isinstance(case, Scenario):
             words = _replay_scenario(session, case, (first, second), file, timeout=timeout, steps=steps)
-        else:
+        elif isinstance(case, SavedPaging):
             words = _replay_paging(session, case, (first, second))
+        else:
+            words = _replay_instruction(session, case, (first, second))
     session.document["agrees"] = not words
     if words:
         raise DisagreementError(words)
@@ -112,11 +123,52 @@ def _show(session: Session, trace: Trace) -> None:
 
 
 def _replay_paging(session: Session, case: SavedPaging, systems: tuple[System, System]) -> str:
-    result = run_paging(*systems, [case.index], explain=explain)
-    for difference in result.differences:
-        session.note(str(difference))
+    """In words what differs and should not, empty if nothing does."""
+    session.note(paging_run.replay(systems, case.index, explain))
+    result = paging_run.run_paging(*systems, [case.index])
+    known = [each.known for each in result.differences if each.known]
     wrong = [words for each in result.disagreements for words in each.words]
-    session.document |= {"index": case.index, "difference": wrong or None}
+    session.document |= {"index": case.index, "difference": wrong or None, "note": " ".join(known)}
     if not wrong:
-        session.out.print(f"Both machines agree about paging case {case.index}.")
+        session.out.print(" ".join([f"Both machines agree about paging case {case.index}.", *known]))
     return "; ".join(wrong)
+
+
+def _replay_instruction(session: Session, case: InstructionCase, systems: tuple[System, System]) -> str:
+    """In words what nobody can explain, empty if there is nothing; the host's processor is asked, too."""
+    cpuid = _cpuid(systems[0])
+    oracle = InstructionOracle(cpuid)
+    # The bench takes its first system, the model, for the one to judge.
+    ordered = sorted({system.backend: system for system in systems}.values(), key=_is_real)
+    with Bench(case.mode, case.cpl, ordered, oracle, cpuid) as bench:
+        for who, outcome in bench.outcomes(case).items():
+            session.note(f"{who}: {ending(outcome)}")
+        verdict = bench.judge(case)
+        session.document["machines"] = bench.names
+    text = describe_case(case, oracle)
+    unexplained = verdict.kind in UNEXPLAINED or verdict.kind is Kind.MISSING
+    words = [f"{who} has {difference}" for who, difference in verdict.words.items()]
+    session.document |= {
+        "instruction": text,
+        "verdict": verdict.kind.value,
+        "difference": words or None,
+        "note": verdict.known.why if verdict.known else "",
+    }
+    if unexplained:
+        return f"{text}: {verdict}"
+    session.out.print(f"{text}: {verdict}.", markup=False, soft_wrap=True)
+    return ""
+
+
+def _is_real(system: System) -> bool:
+    return system.backend != "model"
+
+
+def _cpuid(system: System) -> Sequence[CpuidEntry]:
+    """The processor that guests see: the host's own where it can be asked."""
+    try:
+        with HostCpu() as host:
+            return host_cpuid(host)
+    except HostError:
+        with system.create_machine() as machine:
+            return machine.supported_cpuid

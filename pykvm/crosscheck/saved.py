@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from pykvm.crosscheck import scenario
+from pykvm.crosscheck.instructions import case as instruction
+from pykvm.crosscheck.instructions.case import InstructionCase
 from pykvm.crosscheck.scenario import Scenario
 from pykvm.errors import UsageError
 from pykvm.machine.codec import choice, record, unsigned
@@ -35,9 +37,10 @@ class SavedPaging:
         return cls(members["index"])
 
 
-Case = Scenario | SavedPaging
-_KINDS: Final[dict[str, Callable[[object], Case]]] = {
+Case = Scenario | InstructionCase | SavedPaging
+_KINDS: Final[dict[str, Callable[[Any], Case]]] = {
     scenario.KIND: Scenario.from_json,
+    instruction.KIND: InstructionCase.from_json,
     PAGING: SavedPaging.from_json,
 }
 

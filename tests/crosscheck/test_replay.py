@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from pykvm.crosscheck import steps as plan
+from pykvm.crosscheck.instructions.case import FLAT, InstructionCase, Outcome
+from pykvm.crosscheck.instructions.machine import MachineExecutor
 from pykvm.crosscheck.saved import SavedPaging, load_case, save_case
 from pykvm.errors import UsageError
+from pykvm.machine import Registers
 from tests.cli.runner import execute, invoke
 from tests.cli.test_documents import check_keys
 from tests.crosscheck.samples import OUT, every_step, guest, load, page, scenario, writer
@@ -25,6 +28,10 @@ UNEXCUSED = scenario(
     plan.Collect(1),
 )
 CLOCK = scenario("rdtsc: two machines never agree", guest("long", 0, b"\x0f\x31" + OUT), plan.Run())
+
+
+POPCNT = InstructionCase(64, 0, b"\xf3\x0f\xb8\xc3", Registers(rip=FLAT.code, rbx=7))
+ADD = InstructionCase(64, 3, b"\x48\x01\xd8", Registers(rip=FLAT.code, rax=5, rbx=7))
 
 
 @pytest.fixture
@@ -62,7 +69,7 @@ def test_a_set_that_no_rule_excuses_is_a_difference(capfd: Capture, file: Path) 
 
 
 @pytest.mark.kvm
-@pytest.mark.parametrize("case", [every_step(), CLOCK, SavedPaging(PAGING_CASE)])
+@pytest.mark.parametrize("case", [every_step(), CLOCK, SavedPaging(PAGING_CASE), ADD])
 def test_the_json_has_the_documented_keys(capfd: Capture, file: Path, case: object) -> None:
     save_case(case, file)  # type: ignore[arg-type]
     document = invoke(capfd, "replay", str(file), "--json").document
@@ -87,6 +94,38 @@ def test_a_paging_case_runs_by_its_index(capfd: Capture, file: Path) -> None:
     assert f"agree about paging case {PAGING_CASE}." in result.out
 
 
+@pytest.mark.kvm
+@pytest.mark.parametrize("case", [ADD, POPCNT])
+def test_an_instruction_runs_on_all_processors(capfd: Capture, file: Path, case: InstructionCase) -> None:
+    save_case(case, file)
+    result = invoke(capfd, "replay", str(file))
+    assert result.status == 0
+    assert result.out.endswith(f"{case.code.hex(' ')}), 64-bit, CPL {case.cpl}: agree.\n")
+    shown = dict(line.split(": ") for line in result.err.splitlines())
+    assert shown["model"] == f"completed at {FLAT.code + len(case.code):#x}"
+    assert shown["kvm"] in {shown["model"], "unsupported"}
+
+
+@pytest.mark.kvm
+def test_an_instruction_that_nobody_explains_has_status_13(
+    capfd: Capture, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute_case = MachineExecutor.execute
+
+    def wrong(executor: MachineExecutor, case: InstructionCase) -> Outcome:
+        outcome = execute_case(executor, case)
+        if executor.name == "model":
+            outcome.registers.rax += 1
+        return outcome
+
+    monkeypatch.setattr(MachineExecutor, "execute", wrong)
+    save_case(ADD, file)
+    result = invoke(capfd, "replay", str(file))
+    assert result.status == 13
+    assert "add rax, rbx (48 01 d8), 64-bit, CPL 3: " in result.err
+    assert "rax 0xd against 0xc" in result.err
+
+
 def test_the_model_is_held_against_itself_where_nothing_else_is_wanted(file: Path) -> None:
     save_case(CLOCK, file)
     result = execute("replay", str(file), "--backend", "model")
@@ -94,7 +133,7 @@ def test_the_model_is_held_against_itself_where_nothing_else_is_wanted(file: Pat
 
 
 def test_cases_survive_a_file(file: Path) -> None:
-    for case in (every_step(), SavedPaging(7)):
+    for case in (every_step(), SavedPaging(7), ADD):
         save_case(case, file)
         assert load_case(file) == case
 
@@ -108,6 +147,7 @@ NO_CASES = {
     "an unknown kind": ('{"kind": "dream"}', "'kind' must be one of scenario"),
     "an odd kind": ('{"kind": ["scenario"]}', "'kind' must be one of scenario"),
     "a broken scenario": ('{"kind": "scenario"}', "scenario.name is missing"),
+    "a broken instruction case": ('{"kind": "instruction", "mode": 64}', "not an instruction case"),
     "a broken paging case": ('{"kind": "paging", "index": -1}', "paging.index must be in 0 to"),
     "a paging case with more": ('{"kind": "paging", "index": 1, "x": 1}', "unknown member 'x'"),
 }

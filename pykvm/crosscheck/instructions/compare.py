@@ -34,9 +34,9 @@ def difference(one: Outcome, other: Outcome, *, undefined: int = 0, host: bool =
     FLAGS of user code only.  What one of them cannot tell (None) does not count either.
     """
     if one.failure or other.failure:
-        return None if one.failure == other.failure else f"{_ending(one)} against {_ending(other)}"
+        return None if one.failure == other.failure else f"{ending(one)} against {ending(other)}"
     if one.vector != other.vector or _differ(one.error, other.error) or _differ(one.address, other.address):
-        return f"{_ending(one)} against {_ending(other)}"
+        return f"{ending(one)} against {ending(other)}"
     for name in (*GENERAL, "rip"):
         left, right = getattr(one.registers, name), getattr(other.registers, name)
         if left != right:
@@ -54,7 +54,8 @@ def _differ(one: int | None, other: int | None) -> bool:
     return one is not None and other is not None and one != other
 
 
-def _ending(outcome: Outcome) -> str:
+def ending(outcome: Outcome) -> str:
+    """How the case ended, in words."""
     if outcome.failure:
         return outcome.failure
     if outcome.vector is None:
