@@ -92,6 +92,41 @@ def test_random_programs_are_translated() -> None:
     assert translated > executed // 3
 
 
+# --- flags ----------------------------------------------------------------------------------
+
+OPERATIONS = {
+    "add": "4801d8", "sub": "4829d8", "cmp": "4839d8", "adc": "4839c3 4811d8", "sbb": "4839c3 4819d8",
+    "and": "4821d8", "test": "4885d8", "neg": "48f7d8", "inc": "48ffc0", "dec": "48ffc8", "xor": "4831d8",
+    "add dword": "01d8", "sub dword": "29d8", "inc dword": "ffc0", "cmp word": "6639d8", "sub byte": "28d8",
+    "dec byte": "fec8", "add ah": "00dc", "shl": "48c1e003", "shl 1": "d1e0", "shr": "c1e807",
+    "shr 1": "48d1e8", "sar": "48c1f805", "rol": "48c1c009", "ror 1": "66d1c8", "imul": "480fafc3",
+    "imul dword": "6bc07b",
+}  # fmt: skip
+EDGES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x80000000, 0x7FFFFFFF, 1 << 63, (1 << 63) - 1, (1 << 64) - 1)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_every_condition_after_every_kind_of_operation(operation: str) -> None:
+    """Each pair of edge values goes through the operation, and the conditions are stored: SETcc and Jcc."""
+    code = bytes.fromhex("488b06 488b5e08" + operation)  # mov rax, [rsi] ; mov rbx, [rsi + 8]
+    for number in range(16):
+        code += bytes([0x0F, 0x90 | number, 0x47, number])  # setcc [rdi + number]
+    for number in range(16):
+        code += bytes([0x70 | number, 4, 0x80, 0x77, number, 1])  # jcc over ; xor byte [rdi + number], 1
+        code += bytes.fromhex("488b06 488b5e08" + operation)
+    code += bytes.fromhex("9c 8f4710")  # pushf ; pop [rdi + 16]
+    code += bytes.fromhex("4883c610 4883c718 48ffc9 0f85") + (-(len(code) + 17)).to_bytes(
+        4, "little", signed=True
+    )
+    pairs = [value.to_bytes(8, "little") + other.to_bytes(8, "little") for value in EDGES for other in EDGES]
+    duo = Duo(64, code + b"\xf4", {RCX: len(pairs), RSI: DATA, RDI: DATA + PAGE})
+    for machine in duo:
+        machine.put(DATA, b"".join(pairs))
+    assert names(duo.run(100_000)) == ["Halted"]
+    assert duo.fast.cpu.regs[RCX] == 0
+    assert duo.translated > duo.fast.cpu.instructions // 2
+
+
 # --- budgets ----------------------------------------------------------------------------------------------
 
 
@@ -188,7 +223,7 @@ class FullRing(Machine):
     def __init__(self, bits: int, *, translate: bool) -> None:
         super().__init__(bits, translate=translate)
         ram, cpu = self.ram, self.cpu
-        handed_out: set[int] = set()
+        self.handed_out = handed_out = set[int]()
         writable, write = ram.writable, ram.write
 
         def log(gfn: int) -> None:
@@ -215,10 +250,16 @@ def test_an_exit_for_a_full_ring_comes_behind_the_store() -> None:
     for machine in (plain, fast):
         machine.put(CODE, STORES)
         machine.cpu.regs[RCX], machine.cpu.regs[RDI] = 2000, DATA
-    for _ in range(5):
+    for number in range(9):
         assert fast.run_to_exit() == plain.run_to_exit()
         assert fast.seen() == plain.seen()
-    assert fast.cpu.translated > 5000
+        if number == 4:  # the pages are translated now, and their next writes are logged again
+            for machine in (plain, fast):
+                machine.handed_out.clear()
+                machine.ram.collect()
+                machine.cpu.rip, machine.cpu.halted = CODE, False
+                machine.cpu.regs[RCX], machine.cpu.regs[RDI] = 2000, DATA
+    assert fast.cpu.translated > 10_000
 
 
 # --- dirty pages ------------------------------------------------------------------------------------------
@@ -296,6 +337,28 @@ def test_a_page_of_code_becomes_data_and_back() -> None:
     assert duo.fast.ram.bytes[CODE : CODE + 8] == (200).to_bytes(8, "little")
 
 
+def test_code_is_watched_again_when_the_bus_forgot() -> None:
+    """Slots changed: all the host's knowledge of frames is gone."""
+    # next: add eax, 1 ; dec ecx ; jnz next ; mov byte [rdi], 2 ; mov ecx, 60 ; jmp next
+    code = bytes.fromhex("83c001 ffc9 75f9 c60702 b93c000000 ebef")
+    duo = Duo(64, code, {RCX: 60, RDI: DATA})
+    duo.run(500)
+    for machine in duo:
+        machine.ram.watched.clear()
+        machine.cpu.flush_tlb()
+        machine.cpu.regs[RDI] = CODE + 2
+    duo.run(1000)
+    assert duo.translated > 1000
+
+
+def test_registers_wider_than_the_mode_keep_their_upper_halves() -> None:
+    # next: add ax, 3 ; mov edx, eax ; add bx, cx ; dec cx ; jnz next ; hlt
+    duo = Duo(32, bytes.fromhex("6683c003 89c2 6601cb 6649 75f3 f4"), {RCX: 100, RAX: 0x5555555500000000})
+    duo.run(1000)
+    assert duo.fast.cpu.regs[RAX] == 0x5555555500000000 + 300
+    assert duo.fast.cpu.regs[RDX] == 300
+
+
 # --- page tables ------------------------------------------------------------------------------------------
 
 
@@ -320,6 +383,32 @@ def test_accessed_and_dirty_bits_are_set_by_translated_loops() -> None:
     duo.run(10_000)
     flags = [duo.fast.ram.bytes[PT + (DATA // PAGE + n) * 8] for n in range(4)]
     assert flags == [0x67, 0x67, 0x67, 0x07]
+
+
+def test_a_page_that_is_flushed_is_translated_anew() -> None:
+    """The host changes an entry, which nobody notices until the page is flushed."""
+    duo = Duo(64, bytes.fromhex("48890f 48ffc9 75f8 f4"), {RCX: 10_000, RDI: DATA})
+    duo.run(300)
+    for machine in duo:
+        machine.put(PT + DATA // PAGE * 8, (DATA + PAGE | 0x67).to_bytes(8, "little"))
+        machine.cpu.flush_page(DATA)
+    duo.run(300)
+    assert any(duo.fast.ram.bytes[DATA + PAGE : DATA + PAGE + 8])
+    assert duo.translated > 400
+
+
+def test_code_that_is_a_page_table_changes_by_being_walked() -> None:
+    """The first instruction is the entry for 1.5 MiB: its A bit makes another instruction of it."""
+    at = PT + 8 * 0x180
+    # next: add eax, 1 ; add [rax], al (three times) ; cmp ecx, 20 ; jne over ; mov dl, [rsi]
+    # over: dec ecx ; jnz next ; hlt
+    code = bytes.fromhex("83c001 0000 0000 0000 83f914 7502 8a16 ffc9 75ec f4")
+    duo = Duo(64, b"", {RCX: 60, RAX: DATA, RSI: 0x180000})
+    for machine in duo:
+        machine.put(at, code)
+        machine.cpu.rip = at
+    duo.run(10_000)
+    assert duo.fast.ram.bytes[at] == 0xA3  # mov [0x1c0], eax
 
 
 # --- events -----------------------------------------------------------------------------------------------
