@@ -108,6 +108,8 @@ def test_null_ss_is_for_64_bit_code_below_cpl_3() -> None:
     ended = WORLDS["long null segments"]().run()
     assert ended.vector is None
     assert (ended.cpu.segments[SS].selector, ended.cpu.cpl, ended.cpu.regs[RSP]) == (0, 0, STACK - 8)
+    ended = World(64, cpl=3).code("8ed0").set(rax=3).run()
+    assert (ended.vector, ended.stack(1, 8)) == (Vector.GP, [0])
 
 
 def test_conforming_code_is_readable_from_everywhere() -> None:
@@ -173,6 +175,9 @@ def test_ia_32e_system_descriptors_have_64_bit_bases() -> None:
     assert ended.cpu.ldt.base == 0xFFFF800000000000 | LDT
     bad = World(64).code("0f00d0").set(rax=FREE)  # lldt ax
     bad.define(FREE, descriptor(2, s=0) + struct.pack("<II", 0x8000, 0))
+    ended = bad.run()
+    assert (ended.vector, ended.stack(1, 8)) == (Vector.GP, [FREE])
+    bad.define(FREE, descriptor(2, s=0) + struct.pack("<II", 0, 0x100))  # a type in the upper half
     ended = bad.run()
     assert (ended.vector, ended.stack(1, 8)) == (Vector.GP, [FREE])
 
