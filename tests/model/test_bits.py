@@ -90,6 +90,11 @@ def test_without_the_feature_counts_are_scans() -> None:
         chip.regs[RAX] = 0
         assert chip.do(code) is None
         assert chip.regs[RAX] == 4
+        chip.regs[RBX] = 0  # and leave the target then
+        chip.regs[RAX] = 77
+        assert chip.do(code) is None
+        assert chip.regs[RAX] == 77
+        chip.regs[RBX] = 0x10
     assert chip.do("f30fb8c3") == "#UD"
 
 

@@ -87,6 +87,7 @@ def test_outs_exits_for_each_element() -> None:
         ("66f36d", DATA + 0xFFF, 100, False, 2, 1),  # at least one
         ("f36c", DATA + 7, 100, True, 1, 8),  # backwards: to its start
         ("6c", DATA, 5, False, 1, 1),
+        ("f3486d", DATA, 5, False, 4, 5),  # REX.W does nothing
     ],
 )
 def test_ins_asks_for_many(code: str, rdi: int, rcx: int, down: bool, size: int, batch: int) -> None:
@@ -123,7 +124,7 @@ def with_bitmap(cpl: int, iopl: int, *, vm86: bool = False) -> Chip:
         chip.segments = [Segment(type=3, dpl=3) for _ in range(6)]
     chip.set_rflags(2 | iopl << 12 | (Rflags.VM if vm86 else 0))
     chip.put(TSS + 0x66, BITMAP.to_bytes(2, "little"))
-    chip.put(TSS + BITMAP, bytes([0, 0, 1, 0, 0xFF, 0, 0, 0x80, 0xFF]))
+    chip.put(TSS + BITMAP, bytes([0, 0, 1, 0, 0xFF, 0, 0, 0x80, 0]))
     chip.tr = Segment(base=TSS, limit=BITMAP + 8, type=0xB, s=0)
     return chip
 

@@ -55,7 +55,7 @@ class Prefixes:
                 self.rep = byte
             elif bits == 64 and byte & 0xF0 == 0x40:
                 # REX counts only directly before the opcode.
-                if at + 1 < len(code) and code[at + 1] not in _LEGACY and code[at + 1] & 0xF0 != 0x40:
+                if at + 1 < len(code) and code[at + 1] not in _LEGACY:
                     self.rex = byte
             else:
                 break
