@@ -239,7 +239,7 @@ class _Draft:
         size = self.encoder.operand_size
         if self.mode == 64 and form.name not in {"retf", "iret"} and size == 4:
             size = 8
-        if form.name not in _BRANCHES or random.random() < 0.1:
+        if form.name not in _BRANCHES or (self.mode != 16 and random.random() < 0.1):
             self.put(top - 16, values.octets(random, 96), stack=True)
             if "sel" in form.words:
                 self.put(top, random.choice(values.SELECTORS).to_bytes(2, "little"), stack=True)

@@ -54,6 +54,9 @@ _DESCRIPTORS: Final = {
 
 PROLOGUE: Final = SYSTEM + STUBS
 EPILOGUE: Final = SYSTEM + STUBS + 0x100
+"""fxsave [FXAREA]; out PORT, al: in the case's mode."""
+HANDLER_EPILOGUE: Final = SYSTEM + STUBS + 0x180
+"""The same in 64-bit code, which handlers are in."""
 _REAL_STUBS: Final = 0x800
 REAL_PROLOGUE: Final = 0x1900
 REAL_EPILOGUE: Final = 0x1A00
@@ -88,6 +91,7 @@ def build_flat(memory: memoryview, mode: int) -> None:
         )  # fmt: skip
         memory[handler - SYSTEM : handler - SYSTEM + 2] = bytes([0xE6, PORT])
     _stub(memory, STUBS + 0x100, _fx(mode) + bytes([0xE6, PORT]))
+    _stub(memory, STUBS + 0x180, _fx(64) + bytes([0xE6, PORT]))
 
 
 def prologue(case: InstructionCase) -> bytes:

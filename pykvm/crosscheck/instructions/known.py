@@ -205,3 +205,288 @@ def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> 
         and model.vector in {Vector.GP, Vector.SS}
         and (other.vector == Vector.PF and (other.address or 0) >= 0xFFFFFF00)
     )
+
+
+@known(
+    "KVM's emulator pushes 16 bits of a segment register",
+    "kvm",
+    "em_push_sreg writes a word and leaves the rest of the slot; AMD's processors write all of it",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    pushes = opcode.code in _opcodes("06 0e 16 1e 0fa0 0fa8")
+    return _emulated(case) and pushes and model.vector is other.vector is None
+
+
+@known(
+    "KVM's emulator ignores REP before LOOP",
+    "kvm",
+    "F2 and F3 choose between LOOPNE and LOOPE on AMD's processors (host)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    repeated = 0xF2 in opcode.prefixes or 0xF3 in opcode.prefixes
+    return _emulated(case) and opcode.code in {b"\xe0", b"\xe1"} and repeated
+
+
+@known(
+    "KVM's emulator takes prefixes that make an instruction undefined",
+    "kvm",
+    "66 before MOVNTI, and LOCK or 66 before fences and CLFLUSH, are #UD on processors",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return _emulated(case) and opcode.code in _opcodes("0fc3 0fae") and model.vector == Vector.UD
+
+
+@known(
+    "KVM's emulator looks at a segment's rights after its memory",
+    "kvm",
+    "a read-modify-write through CS faults with #GP on processors, with #PF in KVM where its page is absent",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return (
+        _emulated(case)
+        and 0x2E in opcode.prefixes
+        and model.vector == Vector.GP
+        and other.vector == Vector.PF
+    )
+
+
+@known(
+    "KVM's emulator computes SF, ZF and PF of AAM and AAD otherwise",
+    "kvm",
+    "SDM vol. 2, AAM and AAD: by AL; the emulator's differ",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return _emulated(case) and opcode.code in {b"\xd4", b"\xd5"} and model.vector is other.vector is None
+
+
+@known(
+    "KVM's emulator refuses LOCK MOV CR0",
+    "kvm",
+    "AMD's processors take it for MOV CR8 (APM vol. 3, MOV CRn); KVM raises #UD",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return opcode.code in _opcodes("0f20 0f22") and 0xF0 in opcode.prefixes
+
+
+@known(
+    "KVM's emulator lacks IRET and far transfers of protected mode",
+    "kvm",
+    "kvm-mmu.md 12.8: INT n, INT3, INTO and IRET only in real mode; far returns to inner levels only",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return case.mode != 16 and _emulated(case) and opcode.code in _opcodes("cd ce cf ca cb")
+
+
+@known(
+    "KVM's emulator stores in parts across pages",
+    "kvm",
+    "a store that crosses into a page where it faults has written the first page already (hosts.md E), and "
+    "the fault names the second page where a processor names the first byte that may not be written",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return _emulated(case) and model.vector == other.vector == Vector.PF
+
+
+@known(
+    "KVM's emulator does not run ENTER as processors do",
+    "kvm",
+    "em_enter only knows nesting level 0, and writes nothing at the new top of the stack",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return _emulated(case) and opcode.code == b"\xc8"
+
+
+@known(
+    "too long and undefined",
+    "any",
+    "bytes beyond 15 that would make no instruction anyway: #GP for the length or #UD first",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return len(case.code) > 15 and {model.vector, other.vector} == {Vector.UD, Vector.GP}
+
+
+@known(
+    "MMX state after a faulting MASKMOVQ",
+    "any",
+    "AMD's processors have marked the MMX registers in use already when the store faults (host)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return opcode.code == b"\x0f\xf7" and model.vector == other.vector is not None
+
+
+@known(
+    "which byte of FXSAVE faults",
+    "any",
+    "AMD's processors try the last byte first, and check AC before the alignment of 16 bytes (host)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return (
+        opcode.code == b"\x0f\xae" and opcode.extension in {0, 1} and None not in {model.vector, other.vector}
+    )
+
+
+@known(
+    "KVM's emulator follows Intel in near branches with 66",
+    "kvm",
+    "in 64-bit code AMD's processors branch within 64 KiB (APM vol. 3, near branches; host); KVM ignores 66",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    near = (
+        opcode.code[0] in {0xC2, 0xC3, 0xE8, 0xE9, 0xEB, *range(0x70, 0x80), *range(0xE0, 0xE4)}
+        or (opcode.code == b"\xff" and opcode.extension in {2, 4})
+        or (len(opcode.code) == 2 and 0x80 <= opcode.code[1] <= 0x8F)
+    )
+    return case.mode == 64 and near and 0x66 in opcode.prefixes
+
+
+@known(
+    "KVM's emulator reads 64-bit far pointers",
+    "kvm",
+    "with REX.W, as Intel's processors do; AMD's ignore it (APM vol. 3, CALL (Far), LFS; host)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    wide = case.mode == 64 and opcode.prefixes[-1:] >= b"\x48" and opcode.prefixes[-1:] < b"\x50"
+    far = opcode.code in _opcodes("0fb2 0fb4 0fb5") or (opcode.code == b"\xff" and opcode.extension in {3, 5})
+    return wide and far
+
+
+@known(
+    "KVM's emulator looks at the first byte's address only",
+    "kvm",
+    "an operand that crosses the end of the canonical addresses is #GP on processors",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return (
+        case.mode == 64
+        and model.vector in {Vector.GP, Vector.SS}
+        and other.vector == Vector.PF
+        and (other.address or 0) & 0x7FFFFFFFFF00 in {0x7FFFFFFFFF00, 0}
+    )
+
+
+@known(
+    "KVM's emulator knows REX.R before a segment register",
+    "kvm",
+    "processors ignore it in MOV to and from Sreg (SDM vol. 2, 2.2.1.2); KVM raises #UD for register 8 on",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return case.mode == 64 and opcode.code in {b"\x8c", b"\x8e"} and other.vector == Vector.UD
+
+
+@known(
+    "KVM's emulator does not check FXSAVE's alignment",
+    "kvm",
+    "an area that is not aligned to 16 bytes is #GP (SDM vol. 2, FXSAVE)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return opcode.code == b"\x0f\xae" and opcode.extension in {0, 1} and model.vector == Vector.GP
+
+
+@known(
+    "KVM's emulator pushes doublewords for a real-mode INT with 66",
+    "kvm",
+    "processors push IP, CS and FLAGS as words, whatever the operand size (SDM vol. 2, INT n)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return case.mode == 16 and 0x66 in opcode.prefixes and opcode.code in _opcodes("cc cd ce")
+
+
+@known(
+    "KVM's emulator does not check limits of real-mode branches",
+    "kvm",
+    "a 32-bit target beyond the limit of CS is #GP (SDM vol. 2, Jcc)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return case.mode == 16 and 0x66 in opcode.prefixes and model.vector == Vector.GP and other.vector is None
+
+
+@known(
+    "LOCK before VERR and VERW",
+    "host",
+    "AMD's processors read the operand before they raise #UD for LOCK (host)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return opcode.code == b"\x0f\x00" and 0xF0 in opcode.prefixes and model.vector == Vector.UD
+
+
+@known(
+    "KVM's emulator heeds null segment prefixes",
+    "kvm",
+    "ES, CS, SS and DS overrides of 64-bit code mean nothing (SDM vol. 1, 3.4.2.1); KVM's replace FS and GS, "
+    "and make #SS of #GP",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return case.mode == 64 and bool(set(opcode.prefixes) & {0x26, 0x2E, 0x36, 0x3E})
+
+
+@known(
+    "KVM's emulator stores SLDT and STR by operand size",
+    "kvm",
+    "a memory operand takes 16 bits whatever the operand size (SDM vol. 2, SLDT, STR, SMSW)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    stores = (b"\x0f\x00", 0), (b"\x0f\x00", 1), (b"\x0f\x01", 4)
+    return (opcode.code, opcode.extension) in stores and model.vector == other.vector
+
+
+@known(
+    "KVM's emulator delivers real-mode interrupts beyond the stack's limit",
+    "kvm",
+    "a push that crosses offset FFFFH is #SS, and in delivery a shutdown (SDM vol. 3, 22.6)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return case.mode == 16 and model.failure == "shutdown"
+
+
+@known(
+    "KVM's emulator writes the destination of a failed CMPXCHG",
+    "kvm",
+    "the upper half of a 32-bit register stays on AMD's processors (host)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return case.mode == 64 and opcode.code == b"\x0f\xb1" and opcode.modrm >= 0xC0
+
+
+@known(
+    "KVM's emulator sign-extends the vector of INT",
+    "kvm",
+    "in real mode INT 80H to FFH read before the interrupt table and go wherever that leads",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return case.mode == 16 and opcode.code == b"\xcd" and opcode.modrm >= 0x80
+
+
+@known(
+    "which operand of CMPS is read first",
+    "any",
+    "AMD's processors read the source first in REPE CMPSB and last in all others (host); KVM's emulator last",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return opcode.code in {b"\xa6", b"\xa7"} and model.vector == other.vector == Vector.PF
+
+
+@known(
+    "KVM's emulator reads the operand of MOV to a segment register that does not exist",
+    "kvm",
+    "reg fields 1, 6 and 7 are #UD before memory is read (SDM vol. 2, MOV)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return opcode.code == b"\x8e" and opcode.extension in {1, 6, 7} and model.vector == Vector.UD
+
+
+@known(
+    "KVM's emulator stores a part of a faulting PUSHA",
+    "kvm",
+    "the registers that were pushed before the fault stay in memory",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return opcode.code == b"\x60" and model.vector == other.vector is not None
+
+
+@known(
+    "KVM's emulator blames the stack segment for a misaligned operand",
+    "kvm",
+    "an operand that must be aligned is #GP(0) in any segment (SDM vol. 2, table 2-21)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return case.floating is not None and model.vector == Vector.GP and other.vector == Vector.SS

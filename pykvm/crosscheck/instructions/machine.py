@@ -211,7 +211,7 @@ class MachineExecutor:
                 case, vector, registers, changes(before, bytes(after), self._layout.data)
             )
         if case.floating is not None:
-            outcome = replace(outcome, floating=self._save_floating(case))
+            outcome = replace(outcome, floating=self._save_floating(case, vector is not None))
         return outcome
 
     def _exception(
@@ -248,11 +248,12 @@ class MachineExecutor:
         )
         return Outcome(done, changes(before, bytes(after), self._layout.data), None, vector)
 
-    def _save_floating(self, case: InstructionCase) -> FloatingPoint | None:
+    def _save_floating(self, case: InstructionCase, in_handler: bool) -> FloatingPoint | None:
         if case.mode == 16:
             self._set_code_segment_zero()
         registers = self._vcpu.get_registers()
-        registers.rip = guest.REAL_EPILOGUE if case.mode == 16 else guest.EPILOGUE
+        long_epilogue = guest.HANDLER_EPILOGUE if in_handler else guest.EPILOGUE
+        registers.rip = guest.REAL_EPILOGUE if case.mode == 16 else long_epilogue
         registers.rflags &= ~int(Rflags.AC)
         self._vcpu.set_registers(registers)
         exit = self._watchdog.run(self._vcpu)
