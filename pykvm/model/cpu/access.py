@@ -27,6 +27,9 @@ _MMIO_BYTES: Final = 8
 _TLB_PAGES: Final = 1 << 16
 _AC: Final = int(Rflags.AC)
 
+_ALIGNED: Final = frozenset({2, 4, 8, 16})
+"""Sizes of operands that RFLAGS.AC wants aligned (SDM vol. 3, table 6-7; 16 bytes: host)."""
+
 Tlb = dict[int, int]
 """From linear page number to guest-physical page address."""
 
@@ -84,7 +87,7 @@ class MemoryAccess(State):
             if not (writable if write else readable) or offset < first or offset + size - 1 > last:
                 raise Fault.ss() if segment == SS else Fault.gp()
             address = base + offset & 0xFFFFFFFF
-        if self.checks_alignment and size in {2, 4, 8} and address & size - 1:
+        if self.checks_alignment and size in _ALIGNED and address & size - 1:
             raise Fault(Vector.AC, 0)
         return address
 

@@ -100,6 +100,9 @@ def shown(found: Prefixes, body: bytes, bits: int, amd: bool) -> Shown:
         return Shown(found.canonical(), body, bits)
     if _is_near_branch(body):
         _drop_operand_size_of_branch(found, bits, amd)
+        if _has_long_displacement(body):
+            # There is no address: capstone takes 67 before these in 32-bit code for the operand size (host).
+            found.address = False
         if bits == _CODE_64 and found.operand and _has_long_displacement(body):
             # AMD: a 16-bit displacement (APM vol. 3, "Near branches"; host), of which capstone knows only
             # in 16-bit code.

@@ -122,6 +122,6 @@ def cmpxchg16b(cpu: Processor, insn: Instruction) -> None:
     require(cpu.features.cx16)
     (target,) = insn.operands
     assert isinstance(target, Memory)
-    if cpu.linear(target.segment, target.offset(cpu), 16, True) & 15:
+    if cpu.linear(target.segment, target.offset(cpu), 1, True) & 15:
         raise Fault.gp()
     _compare_exchange_pair(cpu, insn, 8)

@@ -181,10 +181,10 @@ def verw(cpu: Processor, insn: Instruction) -> None:
 
 @semantics("arpl")
 def arpl(cpu: Processor, insn: Instruction) -> None:
-    """Raise the RPL of the destination to that of the source."""
+    """Raise the RPL of the destination to that of the source; else it is not written (host)."""
     _require_protected(cpu)
     target, source = insn.operands
-    selector, rpl = target.read_for_update(cpu) & 0xFFFF, source.read(cpu) & 3
+    selector, rpl = target.read(cpu) & 0xFFFF, source.read(cpu) & 3
     raised = selector & 3 < rpl
     _answer(cpu, raised)
     if raised:

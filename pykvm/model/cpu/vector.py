@@ -68,19 +68,23 @@ def touch_mmx(cpu: Processor) -> None:
 # --- operands ---------------------------------------------------------------------------------------------
 
 
+def _address(cpu: Processor, operand: Memory, size: int, *, aligned: bool, write: bool = False) -> int:
+    """The linear address.  Alignment to 16 comes before the segment's limit and before #AC (host)."""
+    offset = operand.offset(cpu)
+    if aligned and size == 16 and cpu.linear(operand.segment, offset, 1, write) & 15:
+        raise Fault.gp()
+    return cpu.linear(operand.segment, offset, size, write)
+
+
 def load(cpu: Processor, operand: Memory, size: int, *, aligned: bool = False) -> int:
     """Read memory; ``aligned``: #GP(0) unless the linear address is a multiple of 16 where 16 are read."""
-    address = cpu.linear(operand.segment, operand.offset(cpu), size)
-    if aligned and size == 16 and address & 15:
-        raise Fault.gp()
+    address = _address(cpu, operand, size, aligned=aligned)
     return int.from_bytes(cpu.load_linear(address, size), "little")
 
 
 def store(cpu: Processor, operand: Memory, size: int, value: int, *, aligned: bool = False) -> None:
     """The counterpart of ``load``."""
-    address = cpu.linear(operand.segment, operand.offset(cpu), size, True)
-    if aligned and size == 16 and address & 15:
-        raise Fault.gp()
+    address = _address(cpu, operand, size, aligned=aligned, write=True)
     cpu.store_linear(address, value.to_bytes(size, "little"))
 
 
