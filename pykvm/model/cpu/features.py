@@ -57,6 +57,7 @@ _BITS = {
     "xsaves": (0xD, 1, "eax", 3),
     "lahf_lm": (0x80000001, 0, "ecx", 0),
     "abm": (0x80000001, 0, "ecx", 5),
+    "sse4a": (0x80000001, 0, "ecx", 6),
     "misalignsse": (0x80000001, 0, "ecx", 7),
     "syscall": (0x80000001, 0, "edx", 11),
     "nx": (0x80000001, 0, "edx", 20),
@@ -116,6 +117,7 @@ class Features:
     xsaves: bool
     lahf_lm: bool
     abm: bool
+    sse4a: bool
     misalignsse: bool
     syscall: bool
     nx: bool

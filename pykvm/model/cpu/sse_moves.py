@@ -85,6 +85,8 @@ def _scalar(name: str, feature: str, size: int) -> None:
 
 _scalar("movss", "sse", 4)
 _scalar("movsd", "sse2", 8)
+_scalar("movntss", "sse4a", 4)
+_scalar("movntsd", "sse4a", 8)
 
 
 def _half(name: str, feature: str, shift: int) -> None:

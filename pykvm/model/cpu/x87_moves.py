@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 _FORMATS: Final = {4: SINGLE, 8: DOUBLE}
 _UNDERFLOW: Final = stack.INVALID | stack.STACK_FAULT
 _OVERFLOW: Final = _UNDERFLOW | stack.C1
-_PREVENTS: Final = stack.INVALID | stack.DENORMAL | stack.DIVIDE
 _PREVENTS_STORE: Final = stack.INVALID | stack.OVERFLOW | stack.UNDERFLOW
 
 
@@ -50,7 +49,8 @@ def environment(cpu: Processor) -> Environment:
 
 
 def push(cpu: Processor, value: int, flags: int = 0) -> None:
-    """Push 80 bits; a stack overflow pushes the indefinite instead, or nothing if unmasked.
+    """Push 80 bits; a stack overflow pushes the indefinite instead.  An unmasked invalid operation pushes
+    nothing, an unmasked denormal operand does.
 
     A source that was empty counts before the overflow (host).
     """
@@ -58,7 +58,7 @@ def push(cpu: Processor, value: int, flags: int = 0) -> None:
     x87.status &= ~stack.C1
     if not stack.is_empty(x87, 7) and flags != _UNDERFLOW:
         value, flags = stack.INDEFINITE, _OVERFLOW
-    if signal(cpu, flags) and flags & _PREVENTS & ~x87.control:
+    if signal(cpu, flags) and flags & stack.INVALID & ~x87.control:
         return
     stack.set_top(x87, stack.top(x87) - 1)
     stack.put(x87, 0, value)
