@@ -72,7 +72,7 @@ def test_every_tracker_moves_a_guest_without_a_lost_page(system: System, tracker
         ("ring", WorkloadConfig("strings", memory=16 * MIB)),
         ("manual", WorkloadConfig("stride", memory=16 * MIB)),
         ("ring", WorkloadConfig("burst", memory=16 * MIB)),
-        ("bitmap", WorkloadConfig("idle", memory=16 * MIB, quiet=100_000)),
+        ("bitmap", WorkloadConfig("idle", memory=16 * MIB, quiet=3000)),
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value.workload}-cpl{value.cpl}",
 )
