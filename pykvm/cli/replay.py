@@ -18,8 +18,7 @@ from pykvm.crosscheck.instructions.bench import UNEXPLAINED, Bench, Kind
 from pykvm.crosscheck.instructions.case import InstructionCase
 from pykvm.crosscheck.instructions.compare import describe as describe_case
 from pykvm.crosscheck.instructions.compare import ending
-from pykvm.crosscheck.mass import judge
-from pykvm.crosscheck.run import run
+from pykvm.crosscheck.mass import judge, traces
 from pykvm.crosscheck.saved import SavedPaging, load_case
 from pykvm.crosscheck.scenario import Scenario
 from pykvm.crosscheck.steps import describe
@@ -83,11 +82,11 @@ def _replay_scenario(
     steps: bool,
 ) -> str:
     """The first difference in words, empty if there is none."""
-    traces = [run(scenario, system, seconds=timeout) for system in systems]
+    first, second = traces(scenario, *systems, seconds=timeout)
     if steps:
-        for trace in traces:
-            _show(session, trace)
-    result = judge(*traces)
+        _show(session, first)
+        _show(session, second)
+    result = judge(first, second)
     session.document |= {"name": scenario.name, "steps": len(scenario.steps), "difference": None}
     if isinstance(result, Difference):
         session.document["difference"] = _difference(result)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -16,6 +16,7 @@ from pykvm.crosscheck.scenario import CodeGuest, Scenario
 from pykvm.crosscheck.shrink import shrink
 from pykvm.crosscheck.trace import Trace
 from pykvm.machine import System
+from pykvm.x86.cpuid import CpuidEntry
 
 LEVELS: Final = (Level.L4, Level.L0, Level.L1)
 """From the most telling to the most general."""
@@ -39,12 +40,30 @@ class ScenarioReport:
     coverage: Counter[str] = field(default_factory=Counter)
 
 
+def common_cpuid(*systems: System) -> Sequence[CpuidEntry]:
+    """The processor that the guests of all systems shall see: that of the first real KVM, if there is one."""
+    system = min(systems, key=lambda each: each.backend == "model")
+    with system.create_machine() as machine:
+        return machine.supported_cpuid
+
+
+def traces(
+    scenario: Scenario, first: System, second: System, *, seconds: float = TIME_LIMIT
+) -> tuple[Trace, Trace]:
+    """``scenario`` on both, with the same processor for the guests.  Raises as ``run`` does."""
+    cpuid = common_cpuid(first, second)
+    return (
+        run(scenario, first, cpuid=cpuid, seconds=seconds),
+        run(scenario, second, cpuid=cpuid, seconds=seconds),
+    )
+
+
 def check(scenario: Scenario, first: System, second: System, *, seconds: float = TIME_LIMIT) -> Result:
     """Run ``scenario`` on both and compare at all levels: the first difference, or the agreement.
 
     Raises as ``run`` does.
     """
-    return judge(run(scenario, first, seconds=seconds), run(scenario, second, seconds=seconds))
+    return judge(*traces(scenario, first, second, seconds=seconds))
 
 
 def judge(first: Trace, second: Trace) -> Result:
@@ -78,8 +97,8 @@ def run_scenarios(
         name = f"seed {seed}, case {report.cases}"
         source = RandomSource(name)
         scenario = random_scenario(source, name)
-        trace = run(scenario, first)
-        result = judge(trace, run(scenario, second))
+        trace, other = traces(scenario, first, second)
+        result = judge(trace, other)
         report.cases += 1
         _count(report.coverage, trace)
         if isinstance(result, Difference):

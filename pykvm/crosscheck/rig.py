@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Final, Self
@@ -21,6 +22,7 @@ from pykvm.machine import Machine, Slot, System
 from pykvm.machine.state import MachineState, VcpuState
 from pykvm.memory import PAGE_SIZE, GuestMemory
 from pykvm.track import make_tracker
+from pykvm.x86.cpuid import CpuidEntry
 
 HANDLER_PORT: Final = 0x40
 """Handlers write AL to this port plus the vector."""
@@ -35,8 +37,13 @@ class Rig:
     ``slots`` keeps deleted slots, too, so that a step on one is refused by the machine.
     """
 
-    def __init__(self, scenario: Scenario, system: System) -> None:
+    def __init__(self, scenario: Scenario, system: System, cpuid: Sequence[CpuidEntry] | None = None) -> None:
+        """``cpuid``: the processor that the guest sees; by default the best that the machine offers.
+
+        Raises UsageError for a guest that cannot be built, HostError, KvmError.
+        """
         self._scenario = scenario
+        self._cpuid = cpuid
         self._system = system
         self.slots: dict[int, Slot] = {}
         self.memories: list[GuestMemory] = []
@@ -132,6 +139,9 @@ class Rig:
         create_slots(self.machine, memory)
         self.slots |= self.machine.slots
         load_workload(self.machine, memory, config, layout)
+        if self._cpuid is not None:
+            for vcpu in self.machine.vcpus:
+                vcpu.set_cpuid(self._cpuid)
 
     def _load_code(self, guest: CodeGuest) -> None:
         for size in guest.memories:
@@ -153,7 +163,7 @@ class Rig:
             )
             rip = state.registers.rip  # in real mode relative to CS
             made = self.machine.create_vcpu()
-            made.set_cpuid(self.machine.supported_cpuid)
+            made.set_cpuid(self.machine.supported_cpuid if self._cpuid is None else self._cpuid)
             replace(state, registers=replace(wanted, rip=rip)).apply(made)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
@@ -32,6 +32,7 @@ from pykvm.machine import (
     Vcpu,
 )
 from pykvm.memory import PAGE_SIZE
+from pykvm.x86.cpuid import CpuidEntry
 
 TIME_LIMIT: Final = 10.0
 """Seconds that a scenario may take by default."""
@@ -41,14 +42,20 @@ _PASSING: Final = (IoOut, MmioWrite)
 """Exits after which a guest goes on by itself."""
 
 
-def run(scenario: Scenario, system: System, *, seconds: float = TIME_LIMIT) -> Trace:
+def run(
+    scenario: Scenario,
+    system: System,
+    *,
+    cpuid: Sequence[CpuidEntry] | None = None,
+    seconds: float = TIME_LIMIT,
+) -> Trace:
     """Run ``scenario`` on a fresh machine of ``system``.
 
-    What the machine refuses becomes part of the trace.  After ``seconds`` the vCPUs are kicked and the trace
-    ends.  Raises UsageError for a guest that cannot be built, HostError and KvmError for a machine that
-    cannot be made.
+    What the machine refuses becomes part of the trace.  ``cpuid``: see Rig.  After ``seconds`` the vCPUs are
+    kicked and the trace ends.  Raises UsageError for a guest that cannot be built, HostError and KvmError
+    for a machine that cannot be made.
     """
-    with Rig(scenario, system) as rig:
+    with Rig(scenario, system, cpuid) as rig:
         return _Run(scenario, rig, system).run(seconds)
 
 

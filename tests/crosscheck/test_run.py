@@ -9,7 +9,7 @@ import pytest
 
 from pykvm.crosscheck import steps as plan
 from pykvm.crosscheck.compare import Agreement
-from pykvm.crosscheck.mass import judge
+from pykvm.crosscheck.mass import judge, traces
 from pykvm.crosscheck.rig import HANDLER_PORT
 from pykvm.crosscheck.rules import CROSSING_STORE, NEW_MAPPINGS, READ_OF_DIRTY_ENTRY, WORKLOAD_ENTRIES
 from pykvm.crosscheck.run import run
@@ -242,8 +242,8 @@ FIXED: dict[str, Scenario] = {
 
 @pytest.mark.parametrize("name", FIXED)
 def test_the_model_does_what_kvm_does(system: KvmSystem, model: ModelSystem, name: str) -> None:
-    real = run(FIXED[name], system)
-    result = judge(real, run(FIXED[name], model))
+    real, ours = traces(FIXED[name], system, model)
+    result = judge(real, ours)
     assert isinstance(result, Agreement), str(result)
     assert not any(step.overdue for step in real.steps)
 
