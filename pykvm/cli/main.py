@@ -31,6 +31,7 @@ class Commands(click.Group):
         "run": "run",
         "dirty": "dirty",
         "migrate": "migrate",
+        "crosscheck": "crosscheck",
         "replay": "replay",
     }
 

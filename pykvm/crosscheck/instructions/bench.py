@@ -16,6 +16,8 @@ from pykvm.crosscheck.instructions.known import Known, explanation
 from pykvm.crosscheck.instructions.machine import MachineExecutor
 from pykvm.errors import HostError
 from pykvm.machine import System
+from pykvm.observe import HostCpu
+from pykvm.observe.cpuid import host_cpuid
 from pykvm.x86.cpuid import CpuidEntry
 
 
@@ -29,6 +31,16 @@ class Kind(Enum):
     HOST = "the host's outcome stands alone"
     OPEN = "two disagree, and nobody decides"
     MISSING = "the model lacks the instruction"
+
+
+def processor(system: System) -> tuple[CpuidEntry, ...]:
+    """The CPUID that guests see: the host's own where it can be asked, or else the best of the system's."""
+    try:
+        with HostCpu() as host:
+            return host_cpuid(host)
+    except HostError:
+        with system.create_machine() as machine:
+            return tuple(machine.supported_cpuid)
 
 
 UNEXPLAINED = frozenset({Kind.MODEL, Kind.KVM, Kind.HOST, Kind.OPEN})

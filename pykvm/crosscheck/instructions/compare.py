@@ -55,6 +55,7 @@ def _differ(one: int | None, other: int | None) -> bool:
 
 
 def ending(outcome: Outcome) -> str:
+    """How the case ended, in a few words."""
     """How the case ended, in words."""
     if outcome.failure:
         return outcome.failure

@@ -1,0 +1,320 @@
+"""``pykvm crosscheck``: hold the model, the real KVM and the host's processor against each other."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pykvm.backends import open_system
+from pykvm.cli.parameters import duration_type, number_type
+from pykvm.cli.session import Session, common_options
+from pykvm.cli.walks import explain
+from pykvm.crosscheck.instructions.bench import Kind, processor
+from pykvm.crosscheck.instructions.campaign import ROOMS, Campaign, Report
+from pykvm.crosscheck.instructions.coverage import markdown, room_name
+from pykvm.crosscheck.mass import ScenarioReport, run_scenarios
+from pykvm.crosscheck.paging_cases import Runnable
+from pykvm.crosscheck.paging_run import Subject, run_paging
+from pykvm.crosscheck.saved import SavedPaging, save_case
+from pykvm.errors import DisagreementError, UsageError
+from pykvm.machine import System
+from pykvm.model.oracle import InstructionOracle
+from pykvm.model.system import ModelSystem
+from pykvm.report.text import count_text, plural
+
+_SHARES: Final = {"instructions": 0.5, "paging": 0.2, "scenarios": 0.3}
+"""How ``--kind all`` shares the time."""
+_MOST_SHOWN: Final = 10
+_Item = TypeVar("_Item")
+
+
+class _Run:
+    """One run of the command: the machines, what was found, and where it is told."""
+
+    def __init__(self, session: Session, kvm: System | None, seed: int, save: Path) -> None:
+        self.session = session
+        self.kvm = kvm
+        self.model = ModelSystem()
+        self.seed = seed
+        self.save = save
+        self.cases = 0
+        self.seconds = 0.0
+        self.found: list[dict[str, Any]] = []
+        self.unexplained = 0
+        self.left_out: list[str] = []
+        self._live: Live | None = None
+        self._told = 0.0
+
+    def tell(self, text: str) -> None:
+        """Progress: one line that changes on a terminal, elsewhere a line now and then."""
+        if self._live is not None:
+            self._live.update(Text(text), refresh=True)
+        elif time.monotonic() - self._told > 10:
+            self._told = time.monotonic()
+            self.session.note(text)
+
+    def work(self, kind: str, job: Callable[[], None]) -> None:
+        """Run the job with a line of progress; its time counts."""
+        console = self.session.progress
+        begin = time.monotonic()
+        self._told = begin
+        try:
+            if console.is_terminal:
+                with Live(console=console, auto_refresh=False, transient=True) as self._live:
+                    job()
+            else:
+                job()
+        finally:
+            self._live = None
+            self.seconds += time.monotonic() - begin
+
+    def disagree(self, kind: str, text: str, path: Path | None, details: dict[str, Any]) -> None:
+        """Note a disagreement that nothing explains."""
+        replay = f"pykvm replay {path}" if path is not None else ""
+        self.found.append({"kind": kind, "text": text, "replay": replay, **details})
+        self.session.out.print(f"{text}\n  {replay}", markup=False, soft_wrap=True)
+
+    # --- the kinds -----------------------------------------------------------------------------------------
+
+    def instructions(self, seconds: float | None, cases: int | None, modes: Iterable[int]) -> Report:
+        """Single instructions on all processors."""
+        systems = [self.model, *([self.kvm] if self.kvm is not None else [])]
+        cpuid = processor(self.model)
+        campaign = Campaign(
+            systems,
+            InstructionOracle(cpuid),
+            cpuid,
+            seed=self.seed,
+            rooms=[room for room in ROOMS if room[0] in modes],
+            progress=lambda report: self.tell(
+                f"instructions: {plural(report.cases, 'case')}, {report.unexplained} unexplained"
+            ),
+        )
+        report = campaign.run(seconds=seconds, cases=cases)
+        self.cases += report.cases
+        self.unexplained += report.unexplained
+        self.left_out += report.left_out
+        for number, each in enumerate(report.disagreements):
+            path = self.save / f"instruction-{self.seed}-{number}.json"
+            self.save.mkdir(parents=True, exist_ok=True)
+            save_case(each.case, path)
+            self.disagree("instructions", f"{each.text}: {each.verdict}", path, {"form": each.form})
+        for room in report.rooms:
+            for form, count in room.missing.items():
+                self.unexplained += count
+                text = f"The model lacks {form} in {room_name(room)} ({plural(count, 'case')})."
+                self.disagree("instructions", text, None, {"form": form})
+        return report
+
+    def paging(self, kvm: System, seconds: float | None, cases: int | None) -> dict[str, Any]:
+        """Page-table cases on model and KVM."""
+        runnable = Runnable(Subject.of(kvm, self.model).features)
+        result = run_paging(
+            kvm,
+            self.model,
+            _until(seconds, cases, runnable.shuffled(self.seed)),
+            progress=lambda count: self.tell(
+                f"paging: {plural(count, 'case')} of {count_text(len(runnable))}"
+            ),
+            explain=explain,
+        )
+        self.cases += result.cases
+        self.unexplained += len(result.disagreements)
+        self.left_out += [f"paging: {each}" for each in result.left_out]
+        for each in result.disagreements[:_MOST_SHOWN]:
+            path = self.save / f"paging-{each.case.index}.json"
+            self.save.mkdir(parents=True, exist_ok=True)
+            save_case(SavedPaging(each.case.index), path)
+            self.disagree("paging", str(each), path, {"index": each.case.index})
+        known = len(result.differences) - len(result.disagreements)
+        return {"cases": result.cases, "product": len(runnable), "known": known}
+
+    def scenarios(self, kvm: System, seconds: float) -> ScenarioReport:
+        """Whole scenarios on model and KVM."""
+        report = run_scenarios(
+            kvm,
+            self.model,
+            seconds=seconds,
+            seed=self.seed,
+            directory=self.save,
+            progress=lambda report: self.tell(
+                f"scenarios: {plural(report.cases, 'case')}, {len(report.disagreements)} unexplained"
+            ),
+        )
+        self.cases += report.cases
+        self.unexplained += len(report.disagreements)
+        for each in report.disagreements:
+            self.disagree("scenarios", str(each), Path(each.file), {})
+        return report
+
+
+def _until(seconds: float | None, cases: int | None, items: Iterable[_Item]) -> Iterator[_Item]:
+    """The items until the time or their number is up."""
+    deadline = None if seconds is None else time.monotonic() + seconds
+    for number, item in enumerate(items):
+        if (cases is not None and number >= cases) or (deadline and time.monotonic() >= deadline):
+            return
+        yield item
+
+
+def _open_kvm(session: Session) -> System | None:
+    """The real KVM, or None with a note why not."""
+    if session.backend == "model":
+        return None
+    system = open_system(session.backend)
+    if system.backend == "kvm":
+        return system
+    session.note(f"Without a real KVM: {system.description}.")
+    return None
+
+
+@click.command("crosscheck", short_help="Compare the model, the real KVM and the host's processor.")
+@click.option(
+    "--seconds",
+    type=duration_type(minimum=0.1),
+    default="60s",
+    show_default=True,
+    help="About how long to compare.",
+)
+@click.option("--seed", type=number_type(), help="The same seed gives the same cases; by default a new one.")
+@click.option(
+    "--kind",
+    type=click.Choice(["all", *_SHARES]),
+    default="all",
+    show_default=True,
+    help="What to compare: single instructions, page walks, whole scenarios, or all, sharing the time.",
+)
+@click.option(
+    "--cases",
+    type=number_type(1, 10**9),
+    help="End after so many instruction cases in each mode, or page walks, even if time is left.",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["all", "64", "32", "16"]),
+    default="all",
+    show_default=True,
+    help="Bits of the code of instruction cases; 16 is real mode.",
+)
+@click.option(
+    "--save",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="crosscheck-failures",
+    show_default=True,
+    help="Directory for the cases that nobody can explain, made when there is one.",
+)
+@click.option(
+    "--coverage",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the coverage table of instruction cases into this file.",
+)
+@common_options
+def command(
+    session: Session,
+    seconds: float,
+    seed: int | None,
+    kind: str,
+    cases: int | None,
+    mode: str,
+    save: Path,
+    coverage: Path | None,
+) -> None:
+    """Run random cases on the reference model, on real KVM and on the host's own processor, and compare.
+
+    Known differences are counted; docs/crosscheck.md tells what they are. A case that nobody can explain is
+    made as small as possible, saved for 'pykvm replay', and ends the command with status 13.
+    """
+    seed = secrets.randbelow(2**32) if seed is None else seed
+    kinds = list(_SHARES) if kind == "all" else [kind]
+    if coverage is not None and "instructions" not in kinds:
+        raise UsageError("Only instruction cases have a coverage table; leave out --coverage or --kind.")
+    kvm = _open_kvm(session)
+    session.note(f"seed {seed}; again with: pykvm crosscheck --seed {seed} --kind {kind}")
+    modes = [64, 32, 16] if mode == "all" else [int(mode)]
+    run = _Run(session, kvm, seed, save)
+    summary: dict[str, Any] = {}
+    try:
+        for each in kinds:
+            share = seconds * _SHARES[each] if kind == "all" else seconds
+            run.work(each, lambda each=each, share=share: _one_kind(run, each, share, cases, modes, summary))
+    finally:
+        run.model.close()
+        if kvm is not None:
+            kvm.close()
+    report: Report | None = summary.pop("report", None)
+    if report is not None:
+        if coverage is not None:
+            coverage.write_text(markdown(report))
+        _show(session, report)
+    session.document |= {
+        "seed": seed,
+        "kinds": kinds,
+        "cases": run.cases,
+        "seconds": run.seconds,
+        "cases_per_second": run.cases / run.seconds if run.seconds else 0.0,
+        "unexplained": run.unexplained,
+        "disagreements": run.found,
+        "coverage": summary,
+        "left_out": run.left_out,
+    }
+    for text in run.left_out:
+        session.note(f"left out: {text}")
+    session.out.print(
+        f"{plural(run.cases, 'case')} in {run.seconds:.0f} s, {run.unexplained} without an explanation."
+    )
+    if run.unexplained:
+        raise DisagreementError(
+            f"{plural(run.unexplained, 'case')} of seed {seed} disagree and no rule explains them; "
+            f"the first is: {run.found[0]['text']}"
+        )
+
+
+def _one_kind(
+    run: _Run, kind: str, seconds: float, cases: int | None, modes: list[int], summary: dict[str, Any]
+) -> None:
+    if kind == "instructions":
+        # A number of cases holds whatever time it takes.
+        report = run.instructions(None if cases else seconds, cases, modes)
+        summary["report"] = report
+        summary["instructions"] = [room.to_json() for room in report.rooms]
+    elif run.kvm is None:
+        run.left_out.append(f"{kind}: there is no real KVM to compare the model with")
+    elif kind == "paging":
+        summary["paging"] = run.paging(run.kvm, seconds, cases)
+    else:
+        found = run.scenarios(run.kvm, seconds)
+        summary["scenarios"] = {
+            "cases": found.cases,
+            "partial": found.partial,
+            "hit": dict(sorted(found.coverage.items())),
+        }
+
+
+def _show(session: Session, report: Report) -> None:
+    """Instruction cases by room, and what differed and why."""
+    table = Table("instructions", "processors", "cases", "agree", "known", "unexplained", "forms hit")
+    for room in report.rooms:
+        verdicts = room.verdicts
+        rest = room.cases - verdicts[Kind.AGREE] - verdicts[Kind.KNOWN]
+        known_forms = room.to_json()["forms_known"]
+        table.add_row(
+            room_name(room),
+            ", ".join(room.executors),
+            count_text(room.cases),
+            count_text(verdicts[Kind.AGREE]),
+            count_text(verdicts[Kind.KNOWN]),
+            count_text(rest),
+            f"{room.forms} of {known_forms}",
+        )
+    session.out.print(table)
+    known = sum((room.known for room in report.rooms), start=type(report.rooms[0].known)())
+    for name, count in known.most_common():
+        session.out.print(f"  {count:>7,}  {name}", markup=False)
