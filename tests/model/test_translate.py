@@ -112,7 +112,7 @@ def test_every_condition_after_every_kind_of_operation(operation: str) -> None:
     for number in range(16):
         code += bytes([0x0F, 0x90 | number, 0x47, number])  # setcc [rdi + number]
     for number in range(16):
-        code += bytes([0x70 | number, 4, 0x80, 0x77, number, 1])  # jcc over ; xor byte [rdi + number], 1
+        code += bytes([0x70 | number, 4, 0x80, 0x77, number, 2])  # jcc over ; xor byte [rdi + number], 2
         code += bytes.fromhex("488b06 488b5e08" + operation)
     code += bytes.fromhex("9c 8f4710")  # pushf ; pop [rdi + 16]
     code += bytes.fromhex("4883c610 4883c718 48ffc9 0f85") + (-(len(code) + 17)).to_bytes(
