@@ -184,16 +184,21 @@ class _Run:
             self._ring += [(entries.vcpu, slot, offset) for slot, offset in pairs]
         self._taken |= harvest.pages
 
+    def _answered(self, vcpu: Vcpu, reason: Exit, fill: int | None) -> bool:
+        """Whether the exit was a question and has its answer now."""
+        if fill is None or not isinstance(reason, IoIn | MmioRead):
+            return False
+        vcpu.reply(bytes([fill]) * reason.size * getattr(reason, "repeat", 1))
+        return True
+
     def _do_run(self, step: plan.Run) -> None:
         vcpu = self._vcpu(step.vcpu)
-        waits = False
-        while (waits or len(self._exits) < step.exits) and not self._overdue:
+        goes_on = False
+        while (goes_on or len(self._exits) < step.exits) and not self._overdue:
             reason = self._next_exit(vcpu)
             self._exits.append(reason)
-            waits = isinstance(reason, IoIn | MmioRead)
-            if isinstance(reason, IoIn | MmioRead) and step.fill is not None:
-                vcpu.reply(bytes([step.fill]) * reason.size * getattr(reason, "repeat", 1))
-            elif not isinstance(reason, _PASSING):
+            goes_on = self._answered(vcpu, reason, step.fill)
+            if not goes_on and not isinstance(reason, _PASSING):
                 return
 
     def _do_single_step(self, step: plan.SingleStep) -> None:
@@ -206,9 +211,12 @@ class _Run:
             return
         vcpu.set_guest_debug(single_step=True)
         try:
-            for _ in range(step.instructions):
-                self._exits.append(self._next_exit(vcpu))
-                if not isinstance(self._exits[-1], DebugStop):
+            left = step.instructions
+            while left and not self._overdue:
+                reason = self._next_exit(vcpu)
+                self._exits.append(reason)
+                left -= isinstance(reason, DebugStop)
+                if not isinstance(reason, DebugStop) and not self._answered(vcpu, reason, step.fill):
                     return
         finally:
             vcpu.clear_guest_debug()

@@ -56,11 +56,15 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class SingleStep:
-    """Run a vCPU for that many instructions (KVM_SET_GUEST_DEBUG), or to an exit that comes earlier."""
+    """Run a vCPU for that many instructions (KVM_SET_GUEST_DEBUG), or to an exit that comes earlier.
+
+    ``fill``: as of Run; port and MMIO reads then do not end the step.
+    """
 
     kind: ClassVar[str] = "single_step"
     vcpu: int = 0
     instructions: int = 1
+    fill: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +225,7 @@ SLOT_PLAN: Final[Decoder[SlotPlan]] = record(
 )
 _MEMBERS: Final[dict[Any, dict[str, Decoder[Any]]]] = {
     Run: {"vcpu": _VCPU, "exits": unsigned(16), "fill": optional(unsigned(8))},
-    SingleStep: {"vcpu": _VCPU, "instructions": unsigned(16)},
+    SingleStep: {"vcpu": _VCPU, "instructions": unsigned(16), "fill": optional(unsigned(8))},
     Answer: {"vcpu": _VCPU, "data": octets(0, 1 << 16)},
     SetRegisters: {"vcpu": _VCPU, "registers": REGISTERS},
     Logging: {"slot": _SLOT, "on": boolean},
