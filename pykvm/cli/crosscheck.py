@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -61,7 +62,7 @@ class _Run:
             self._told = time.monotonic()
             self.session.note(text)
 
-    def work(self, kind: str, job: Callable[[], None]) -> None:
+    def work(self, job: Callable[[], None]) -> None:
         """Run the job with a line of progress; its time counts."""
         console = self.session.progress
         begin = time.monotonic()
@@ -244,7 +245,7 @@ def command(
     try:
         for each in kinds:
             share = seconds * _SHARES[each] if kind == "all" else seconds
-            run.work(each, lambda each=each, share=share: _one_kind(run, each, share, cases, modes, summary))
+            run.work(partial(_one_kind, run, each, share, cases, modes, summary))
     finally:
         run.model.close()
         if kvm is not None:

@@ -33,6 +33,6 @@ def markdown(report: Report) -> str:
 def _cell(room: Room, form_id: str) -> str:
     exists = any(form.id == form_id and form.exists(room.mode, room.cpl) for form in FORMS)
     if not exists:
-        return "–"
+        return "-"
     shapes = [count for (form, _), count in room.coverage.items() if form == form_id]
     return f"{sum(shapes)} ({len(shapes)})"

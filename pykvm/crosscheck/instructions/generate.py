@@ -44,6 +44,7 @@ class Generator:
         self.cpl = cpl
         self.random = Random(f"{seed}/{mode}/{cpl}")
         self.forms = forms_of(mode, cpl)
+        self.random.shuffle(self.forms)
         self._turn = 0
         self._sweep = sweep
 

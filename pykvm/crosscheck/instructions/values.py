@@ -55,7 +55,7 @@ def address(random: Random, mode: int) -> int:
         return random.randrange(FLAT.data, FLAT.end)
     if kind < 0.93:
         edge = random.choice((*range(FLAT.data, FLAT.end, PAGE), FLAT.end))
-        return edge + random.randrange(-18, 18)
+        return int(edge) + random.randrange(-18, 18)
     return number(random) if kind > 0.97 else random.getrandbits(32)
 
 
