@@ -52,9 +52,10 @@ class VcpuEventState(Managed):
     def interrupt(self, vector: int) -> None:
         """KVM_INTERRUPT (api.rst 4.16): queue an external interrupt as a PIC would (vector 0 to 255).
 
-        It is delivered when RFLAGS.IF allows; ask with ``request_interrupt_window`` for that moment, since
-        a second one takes the place of one not yet delivered.  Raises KvmError: EINVAL above 255, ENXIO
-        with a PIC in the kernel, EEXIST while one is queued beside a LAPIC in the kernel (split irqchip).
+        It is delivered at the next entry, even with RFLAGS.IF clear: wait with ``request_interrupt_window``
+        for the moment when the guest takes one.  A second one takes the place of one not yet delivered.
+        Raises KvmError: EINVAL above 255, ENXIO with a PIC in the kernel, EEXIST while one is queued beside
+        a LAPIC in the kernel (split irqchip).
         """
         request = ffi.new("struct kvm_interrupt *")
         fill(request, irq=vector)

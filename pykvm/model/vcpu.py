@@ -192,7 +192,7 @@ class ModelVcpu(VcpuSnapshot, VcpuDebug):
     def ready_for_interrupt(self) -> bool:
         """Whether the guest would take an external interrupt now."""
         cpu = self.cpu
-        return bool(cpu.rflags & Rflags.IF) and not cpu.shadow and cpu.pending_interrupt is None
+        return bool(cpu.rflags & Rflags.IF) and not cpu.shadow and cpu.injected_interrupt is None
 
     def _swallow(self, exit: Exit) -> bool:
         """Answer a port that nobody listens to: writes are lost, reads give ones."""

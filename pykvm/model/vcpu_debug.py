@@ -91,12 +91,12 @@ class VcpuDebug(VcpuPart):
     def _quiet_step(self, cpu: Processor) -> Exit | None:
         if not self._block_interrupts:
             return cpu.run(1)
-        waiting = cpu.pending_interrupt, cpu.pending_nmi
-        cpu.pending_interrupt, cpu.pending_nmi = None, False
+        waiting = cpu.injected_interrupt, cpu.pending_nmi
+        cpu.injected_interrupt, cpu.pending_nmi = None, False
         try:
             return cpu.run(1)
         finally:
-            cpu.pending_interrupt, cpu.pending_nmi = waiting
+            cpu.injected_interrupt, cpu.pending_nmi = waiting
 
     def _at_int3(self) -> bool:
         cpu = self.cpu

@@ -27,14 +27,15 @@ class VcpuEventState(VcpuPart):
     def interrupt(self, vector: int) -> None:
         """KVM_INTERRUPT (api.rst 4.16): queue an external interrupt as a PIC would (vector 0 to 255).
 
-        It is delivered when RFLAGS.IF allows; ask with ``request_interrupt_window`` for that moment, since
-        a second one takes the place of one not yet delivered.  Raises KvmError (EINVAL) above 255.
+        It is delivered at the next entry, even with RFLAGS.IF clear: wait with ``request_interrupt_window``
+        for the moment when the guest takes one.  A second one takes the place of one not yet delivered.
+        Raises KvmError (EINVAL) above 255.
         """
         check_width("irq", vector, 32)
         if vector > 255:
             raise KvmError(errno.EINVAL, "KVM_INTERRUPT", f"{vector} is no vector; use 0 to 255.")
         with self.use("KVM_INTERRUPT") as cpu:
-            cpu.pending_interrupt = vector
+            cpu.injected_interrupt = vector
 
     def nmi(self) -> None:
         """KVM_NMI (api.rst 4.64): queue a non-maskable interrupt."""
@@ -70,8 +71,8 @@ class VcpuEventState(VcpuPart):
                 exception_nr=fault.vector if fault else 0,
                 exception_has_error_code=int(fault is not None and fault.error is not None),
                 exception_error_code=(fault.error or 0) if fault else 0,
-                interrupt_injected=int(cpu.pending_interrupt is not None),
-                interrupt_nr=cpu.pending_interrupt or 0,
+                interrupt_injected=int(cpu.injected_interrupt is not None),
+                interrupt_nr=cpu.injected_interrupt or 0,
                 interrupt_shadow=shadow,
                 nmi_pending=int(cpu.pending_nmi),
                 nmi_masked=int(cpu.nmi_masked),
@@ -104,7 +105,7 @@ class VcpuEventState(VcpuPart):
             error = value.exception_error_code if value.exception_has_error_code else None
             cpu.injected_exception = Fault(value.exception_nr, error) if exception else None
             cpu.pending_debug = 0
-            cpu.pending_interrupt = value.interrupt_nr if value.interrupt_injected else None
+            cpu.injected_interrupt = value.interrupt_nr if value.interrupt_injected else None
             if value.flags & _SHADOW:
                 shadow = value.interrupt_shadow
                 cpu.shadow = (SHADOW_SS if shadow & _KVM_SHADOW_SS else 0) | (

@@ -87,7 +87,7 @@ class VcpuRegisters(VcpuPart):
         """KVM_GET_SREGS (api.rst 4.13); ``pdptrs`` stays None."""
         value = self.get_special_registers2()
         value.pdptrs = None
-        value.interrupt = self.cpu.pending_interrupt
+        value.interrupt = self.cpu.injected_interrupt
         return value
 
     def get_special_registers2(self) -> SpecialRegisters:
@@ -109,7 +109,7 @@ class VcpuRegisters(VcpuPart):
             raise UsageError(f"Interrupt vector {vector} is not in 0 to 255.")
         with self.use("KVM_SET_SREGS") as cpu, self.vm.schedule.visit():
             self._set_special(cpu, registers, "KVM_SET_SREGS")
-            cpu.pending_interrupt = vector
+            cpu.injected_interrupt = vector
             if cpu.pae_paging:
                 with contextlib.suppress(Fault):
                     cpu.pdptrs = cpu.load_pdptrs()
@@ -121,7 +121,7 @@ class VcpuRegisters(VcpuPart):
         """
         _check_ranges(registers)
         if registers.pdptrs is None:
-            vector = self.cpu.pending_interrupt
+            vector = self.cpu.injected_interrupt
             self.set_special_registers(replace(registers, interrupt=vector))
             return
         if len(registers.pdptrs) != 4 or not all(0 <= each < 1 << 64 for each in registers.pdptrs):

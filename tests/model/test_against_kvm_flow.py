@@ -16,9 +16,10 @@ from pykvm.machine import SpecialRegisters
 from pykvm.machine.exits import Exit, Halted, InternalError
 from pykvm.memory import GuestMemory
 from pykvm.model.cpu.processor import Processor
+from pykvm.model.system import ModelSystem
 from pykvm.x86.registers import SEGMENTS, Registers
 from tests.model.chip import SIZE
-from tests.model.flow import World, same_segment
+from tests.model.flow import World, handler, same_segment
 from tests.model.flow_cases import WORLDS
 
 pytestmark = pytest.mark.timeout(60)
@@ -130,3 +131,24 @@ def test_model_and_kvm_end_alike(system: KvmSystem, name: str) -> None:
     if found and name in _OTHERWISE:
         pytest.xfail(_OTHERWISE[name])
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("bits", [16, 32, 64])
+def test_a_queued_interrupt_does_not_wait_for_if(system: KvmSystem, bits: int) -> None:
+    """KVM_INTERRUPT is for a host that asked whether the guest takes one; the model does as KVM."""
+    ends = []
+    for opened in (system, ModelSystem()):
+        world = World(bits).code("90f4")
+        with opened, opened.create_machine() as vm, GuestMemory(SIZE) as memory:
+            memory.write(0, bytes(world.memory))
+            vm.create_slot(memory, 0)
+            vcpu = vm.create_vcpu()
+            vcpu.set_cpuid(vm.supported_cpuid)
+            vcpu.set_special_registers(world.special)
+            vcpu.set_registers(world.registers)
+            vcpu.interrupt(0x30)
+            assert vcpu.get_events().interrupt_injected
+            assert vcpu.run() == Halted()
+            ends.append(vcpu.get_registers())
+    assert ends[0] == ends[1]
+    assert ends[0].rip == handler(0x30) + 1
