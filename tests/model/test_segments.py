@@ -8,7 +8,7 @@ import pytest
 
 from pykvm.model.cpu.instruction import DS, ES, FS, GS, RAX, RBX, RCX, RDX, RSP, SS
 from pykvm.x86.exceptions import Vector
-from pykvm.x86.registers import Segment
+from pykvm.x86.registers import DescriptorTable, Segment
 from tests.model.flow import (
     CODE16,
     CODE32,
@@ -76,6 +76,13 @@ def test_a_load_takes_the_whole_descriptor() -> None:
     world.define(FREE, descriptor(3, base=0x89ABCDEF, limit=0x54321, dpl=3, flags=0xD))
     loaded = world.run().cpu.segments[DS]
     assert loaded == Segment(0x89ABCDEF, 0x54321FFF, FREE | 3, 3, 1, 3, 1, 1, 0, 1, 1, 0)
+
+
+def test_a_table_wraps_at_the_end_of_32_bits() -> None:
+    world = World().code("8ed8f4").set(rax=0xF000).put(0x7000, descriptor(2, base=0x12345))
+    world.special.gdt = DescriptorTable(0xFFFF8000, 0xFFFF)
+    ended = world.run()
+    assert (ended.cpu.segments[DS].base, ended.memory[0x7005]) == (0x12345, 0x93)
 
 
 def test_the_accessed_bit_is_written_only_where_it_is_clear() -> None:

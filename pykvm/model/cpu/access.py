@@ -135,11 +135,11 @@ class MemoryAccess(State):
 
     def load_system(self, address: int, size: int) -> int:
         """Read a descriptor table or TSS: an implicit supervisor access (SDM vol. 3, 4.6)."""
-        return int.from_bytes(self.load_linear(address, size, system=True), "little")
+        return int.from_bytes(self.load_linear(self._wrap(address), size, system=True), "little")
 
     def store_system(self, address: int, size: int, value: int) -> None:
         """Write to a descriptor table or TSS."""
-        self.store_linear(address, value.to_bytes(size, "little"), system=True)
+        self.store_linear(self._wrap(address), value.to_bytes(size, "little"), system=True)
 
     # --- linear addresses --------------------------------------------------------------------------------
 
