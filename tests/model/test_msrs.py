@@ -49,7 +49,7 @@ def offering(function: int, register: str, bit: int, index: int = 0) -> tuple[Cp
         (0xC0000084, 0xFFFFFFFF, 1 << 32),  # the mask of SYSCALL
         (KERNEL_GS_BASE, 0x7FFFFFFFFFFF, 1 << 63),
         (0x175, 0xFFFF800000000000, 1 << 47),  # SYSENTER_ESP
-        (0x174, 0xFFFF, 1 << 32),
+        (0x174, 0xFFFFFFFFFFFF, None),
         (PAT, 0x0007010600070406, 2),  # type 2 is reserved
         (PAT, 0x0405060700010004, 0x0800000000000000),
         (0x2FF, 0xC06, 0xC02),  # MTRR_DEF_TYPE

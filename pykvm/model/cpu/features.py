@@ -64,6 +64,7 @@ _BITS = {
     "pages_1g": (0x80000001, 0, "edx", 26),
     "rdtscp": (0x80000001, 0, "edx", 27),
     "lm": (0x80000001, 0, "edx", 29),
+    "amd_ibrs": (0x80000008, 0, "ebx", 14),
 }
 
 
@@ -124,6 +125,7 @@ class Features:
     pages_1g: bool
     rdtscp: bool
     lm: bool
+    amd_ibrs: bool
 
     @classmethod
     def of(cls, entries: Iterable[CpuidEntry]) -> Self:
@@ -146,3 +148,8 @@ class Features:
     def tsc_aux(self) -> bool:
         """Whether IA32_TSC_AUX exists: RDTSCP or RDPID reads it."""
         return self.rdtscp or self.rdpid
+
+    @property
+    def speculation_control(self) -> bool:
+        """Whether IA32_SPEC_CTRL and IA32_PRED_CMD exist."""
+        return self.spec_ctrl or self.amd_ibrs

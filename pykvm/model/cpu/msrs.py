@@ -185,6 +185,12 @@ def _write_xss(cpu: Processor, value: int) -> None:
         raise Fault.gp()
 
 
+def _check_sysenter(cpu: Processor, value: int) -> None:
+    """AMD's processors use 32 bits of it and refuse nothing (APM vol. 2, 6.1.2)."""
+    if not cpu.features.amd:
+        require_canonical(cpu, value)
+
+
 # --- the table --------------------------------------------------------------------------------------------
 
 TABLE: Final[dict[int, Msr]] = {
@@ -193,16 +199,17 @@ TABLE: Final[dict[int, Msr]] = {
     APIC_BASE: Msr(read=lambda cpu: cpu.apic_base, write=_write_apic_base),
     0x2A: Msr(read_only=True),  # EBL_CR_POWERON
     _TSC_ADJUST: Msr(write=_write_tsc_adjust, feature="tsc_adjust"),
-    0x48: Msr(check=bits(0x7), feature="spec_ctrl"),  # IA32_SPEC_CTRL: IBRS, STIBP, SSBD
-    0x49: Msr(check=bits(0x1), feature="spec_ctrl", write_only=True),  # IA32_PRED_CMD: IBPB
-    0x8B: Msr(initial=1 << 32, write=lambda cpu, value: None),  # IA32_BIOS_SIGN_ID
+    0x48: Msr(check=bits(0x487), feature="speculation_control"),  # IA32_SPEC_CTRL
+    0x49: Msr(check=bits(0x1), feature="speculation_control", write_only=True),  # IA32_PRED_CMD: IBPB
+    0x8B: Msr(write=lambda cpu, value: None),  # IA32_BIOS_SIGN_ID: no microcode
+    0xCE: Msr(read_only=True),  # MSR_PLATFORM_INFO
     0xFE: Msr(initial=0x500 | _VARIABLE_RANGES, read_only=True),  # IA32_MTRRCAP: WC, fixed ranges
-    SYSENTER_CS: Msr(check=bits(_M32)),
-    SYSENTER_ESP: Msr(check=require_canonical),
-    SYSENTER_EIP: Msr(check=require_canonical),
+    SYSENTER_CS: Msr(),
+    SYSENTER_ESP: Msr(check=_check_sysenter),
+    SYSENTER_EIP: Msr(check=_check_sysenter),
     0x179: Msr(read_only=True),  # IA32_MCG_CAP: no banks
-    0x17A: Msr(check=bits(0)),  # IA32_MCG_STATUS
-    0x1A0: Msr(initial=0x1800, check=bits(0xC51889)),  # IA32_MISC_ENABLE: no BTS, no PEBS
+    0x17A: Msr(check=bits(0x7)),  # IA32_MCG_STATUS: RIPV, EIPV, MCIP
+    0x1A0: Msr(initial=1, check=bits(0xC51889)),  # IA32_MISC_ENABLE: fast strings
     0x1D9: Msr(check=bits(0x3)),  # IA32_DEBUGCTL: LBR, BTF
     PAT: Msr(initial=0x0007040600070406, check=_memory_types(_PAT_TYPES)),
     MTRR_DEF_TYPE: Msr(check=_check_mtrr_default),
@@ -217,6 +224,8 @@ TABLE: Final[dict[int, Msr]] = {
     GS_BASE: Msr(read=_read_base(GS), write=write_base(GS), feature="lm"),
     KERNEL_GS_BASE: Msr(check=require_canonical, feature="lm"),
     TSC_AUX: Msr(check=bits(_M32), feature="tsc_aux"),
+    0xC0010010: Msr(read_only=True, feature="amd"),  # SYSCFG
+    0xC0010015: Msr(check=bits(0x1040148), write=lambda cpu, value: None, feature="amd"),  # HWCR, as KVM
 }
 for _range in range(_VARIABLE_RANGES):
     TABLE[0x200 + 2 * _range] = Msr(check=_check_mtrr_base)
