@@ -212,6 +212,8 @@ def test_operand_size_of_near_branches_and_stack(
         (64, "66e8f0ff", -16),
         (16, "e8f0ff", -16),
         (16, "7480", -128),
+        (16, "660f824bf6cd2e", 0x2ECDF64B),  # capstone cuts the target to 16 bits
+        (32, "67e8f0ffffff", -16),  # capstone takes 67 for the operand size
     ],
 )
 def test_branches_hold_displacements(bits: int, code: str, displacement: int) -> None:

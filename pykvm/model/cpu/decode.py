@@ -126,10 +126,17 @@ class Decoder:
         address_size = {64: (8, 4), 32: (4, 2), 16: (2, 4)}[bits][prefixes.address]
         body = encoding[prefixes.end :]
         modrm_at = found.modrm_offset - len(shown.prefixes)
+        opcode = corrections.opcode_bytes(body)
+        if corrections.is_relative(found):
+            # The displacement ends the instruction; capstone gives a target, cut differently in each mode.
+            displacement = int.from_bytes(body[len(opcode) :], "little", signed=True)
+            operands: list[Operand] = [Immediate(displacement, 8)]
+        else:
+            operands = [self._operand(each, prefixes, address_size) for each in found.operands]
         draft = corrections.Draft(
             name=self._capstone[bits].insn_name(found.id),
-            operands=[self._operand(found, each, prefixes, address_size) for each in found.operands],
-            opcode=corrections.opcode_bytes(body),
+            operands=operands,
+            opcode=opcode,
             modrm=body[modrm_at] if found.modrm_offset else None,
             operand_size=8 if prefixes.wide else 2 if short else 4,
             address_size=address_size,
@@ -163,17 +170,10 @@ class Decoder:
             semantics=entry,
         )
 
-    def _operand(
-        self, found: capstone.CsInsn, operand: x86.X86Op, prefixes: Prefixes, address_size: int
-    ) -> Operand:
+    def _operand(self, operand: x86.X86Op, prefixes: Prefixes, address_size: int) -> Operand:
         if operand.type == x86.X86_OP_REG:
             return REGISTERS.get(operand.reg, _OTHER_REGISTER)
         if operand.type == x86.X86_OP_IMM:
-            if corrections.is_relative(found):
-                # capstone gives the target of a branch at address 0, cut to the operand size.
-                bits = 8 * operand.size
-                displacement = (operand.imm - found.size + (1 << bits - 1)) % (1 << bits) - (1 << bits - 1)
-                return Immediate(displacement, 8)
             return Immediate(operand.imm, operand.size or 1)
         memory = operand.mem
         base = -1 if memory.base == x86.X86_REG_INVALID else _ADDRESS_REGISTERS[memory.base]
