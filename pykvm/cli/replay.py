@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from pykvm.cli.session import Session, common_options
 from pykvm.cli.walks import explain
 from pykvm.crosscheck import paging_run
 from pykvm.crosscheck.compare import Difference
-from pykvm.crosscheck.instructions.bench import UNEXPLAINED, Bench, Kind
+from pykvm.crosscheck.instructions.bench import UNEXPLAINED, Bench, Kind, processor
 from pykvm.crosscheck.instructions.case import InstructionCase
 from pykvm.crosscheck.instructions.compare import describe as describe_case
 from pykvm.crosscheck.instructions.compare import ending
@@ -23,12 +22,9 @@ from pykvm.crosscheck.saved import SavedPaging, load_case
 from pykvm.crosscheck.scenario import Scenario
 from pykvm.crosscheck.steps import describe
 from pykvm.crosscheck.trace import Trace
-from pykvm.errors import DisagreementError, HostError
+from pykvm.errors import DisagreementError
 from pykvm.machine import System
 from pykvm.model.oracle import InstructionOracle
-from pykvm.observe import HostCpu
-from pykvm.observe.cpuid import host_cpuid
-from pykvm.x86.cpuid import CpuidEntry
 
 
 @click.command("replay", short_help="Run a saved case on two machines again.")
@@ -135,7 +131,7 @@ def _replay_paging(session: Session, case: SavedPaging, systems: tuple[System, S
 
 def _replay_instruction(session: Session, case: InstructionCase, systems: tuple[System, System]) -> str:
     """In words what nobody can explain, empty if there is nothing; the host's processor is asked, too."""
-    cpuid = _cpuid(systems[0])
+    cpuid = processor(systems[0])
     oracle = InstructionOracle(cpuid)
     # The bench takes its first system, the model, for the one to judge.
     ordered = sorted({system.backend: system for system in systems}.values(), key=_is_real)
@@ -161,13 +157,3 @@ def _replay_instruction(session: Session, case: InstructionCase, systems: tuple[
 
 def _is_real(system: System) -> bool:
     return system.backend != "model"
-
-
-def _cpuid(system: System) -> Sequence[CpuidEntry]:
-    """The processor that guests see: the host's own where it can be asked."""
-    try:
-        with HostCpu() as host:
-            return host_cpuid(host)
-    except HostError:
-        with system.create_machine() as machine:
-            return machine.supported_cpuid
