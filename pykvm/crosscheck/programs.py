@@ -39,10 +39,11 @@ def chance(source: Source, percent: int) -> bool:
 
 
 class Operation(NamedTuple):
-    """An instruction with one memory operand at [DI]: opcodes for bytes and for the larger sizes.
+    """An instruction with one memory operand at [DI], whose flags and result are defined.
 
-    ``digit``: what ModRM.reg must be, None for any register; ``immediate``: its bytes, -1 for the operand's
-    own (four at most).  ``writes``: whether it stores; ``updates``: whether it does so after loading.
+    Opcodes for bytes and for the larger sizes, empty where there is none.  ``digit``: what ModRM.reg must be,
+    None for any register; ``immediate``: its bytes, -1 for the operand's own (four at most).  ``writes``:
+    whether it stores; ``updates``: whether it does so after loading.
     """
 
     name: str
@@ -76,6 +77,15 @@ OPERATIONS: Final = (
     Operation("cmpxchg", b"\x0f\xb0", b"\x0f\xb1", locks=True),
     Operation("add immediate", b"\x80", b"\x81", 0, -1, locks=True),
     Operation("add load", b"\x02", b"\x03", writes=False, updates=False),
+    Operation("rotate by one", b"\xd0", b"\xd1", 0),
+    Operation("shift left by one", b"\xd0", b"\xd1", 4),
+    Operation("shift right by one", b"\xd0", b"\xd1", 5),
+    Operation("bts immediate", b"", b"\x0f\xba", 5, 1, locks=True),
+    Operation("btc immediate", b"", b"\x0f\xba", 7, 1, locks=True),
+    Operation("push", b"", b"\xff", 6, writes=False, updates=False),
+    Operation("movzx load", b"", b"\x0f\xb6", writes=False, updates=False),
+    Operation("cmovc load", b"", b"\x0f\x42", writes=False, updates=False),
+    Operation("setc", b"\x0f\x92", b"", 0, updates=False),
 )
 _STRINGS: Final = ((b"\xaa", b"\xab"), (b"\xa4", b"\xa5"), (b"\xac", b"\xad"))
 """stos, movs, lods."""
@@ -104,7 +114,7 @@ class Assembler:
         at_di = 5 if self.bits == 16 else 7
         self.code += (_LOCK if lock else b"") + prefix + opcode + bytes([digit << 3 | at_di])
         if operation.immediate:
-            length = min(size, 4)
+            length = 1 if operation.immediate == 1 else min(size, 4)
             self.code += (immediate & (1 << 8 * length) - 1).to_bytes(length, "little")
 
     def string(self, byte: bytes, wide: bytes, size: int) -> None:
@@ -214,7 +224,8 @@ def _address(source: Source, terrain: Terrain, size: int, operation: Operation) 
 
 
 def _memory_unit(source: Source, terrain: Terrain) -> Unit:
-    operation, size = choose(source, OPERATIONS), choose(source, terrain.sizes)
+    operation = choose(source, OPERATIONS)
+    size = choose(source, [n for n in terrain.sizes if (operation.byte if n == 1 else operation.wide)])
     address, crosses = _address(source, terrain, size, operation)
     assembler = Assembler(terrain.bits)
     assembler.load(_RDI, address - terrain.segment)
