@@ -62,7 +62,12 @@ class Generator:
 
     def make(self, form: Form) -> Generated:
         """One case of the form."""
-        return _Draft(self.random, self.mode, self.cpl, form).finish()
+        return make(self.random, self.mode, self.cpl, form)
+
+
+def make(random: Random, mode: int, cpl: int, form: Form) -> Generated:
+    """One case of a form that exists in that mode and privilege."""
+    return _Draft(random, mode, cpl, form).finish()
 
 
 class _Draft:

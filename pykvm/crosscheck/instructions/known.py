@@ -56,14 +56,15 @@ def known(name: str, who: str, why: str) -> Callable[[Applies], Applies]:
 
 def explanation(who: str, case: InstructionCase, model: Outcome, other: Outcome) -> Known | None:
     """The first rule that explains why ``other``, which is ``who``'s, differs from the model's outcome."""
-    opcode = _opcode(case)
+    opcode = opcode_of(case)
     for each in TABLE:
         if each.who in {who, "any"} and each.applies(case, opcode, model, other):
             return each
     return None
 
 
-def _opcode(case: InstructionCase) -> Opcode:
+def opcode_of(case: InstructionCase) -> Opcode:
+    """Taken apart without decoding: what is no instruction has an opcode, too."""
     prefixes, body = split(case.code.ljust(15, b"\0"), case.mode)
     length = 1
     if body[:1] == b"\x0f":
