@@ -84,6 +84,8 @@ class Processor(MemoryAccess):
                 return Shutdown() if limit > 0 else None
             if translator is not None and self._undisturbed():
                 limit -= translator.run(limit)
+                if translator.exit_due():
+                    continue
             if limit <= 0:
                 return None
             limit -= 1

@@ -58,10 +58,17 @@ class Translator:
             if not done:
                 break
             left -= done
+            if views.exit_due:
+                break
         done = limit - left
         cpu.instructions += done
         cpu.translated += done
         return done
+
+    def exit_due(self) -> bool:
+        """Whether the last instruction that was executed came out with an exit."""
+        due, self._views.exit_due = self._views.exit_due, False
+        return due
 
     def _find(self, rip: int) -> Block | None:
         """The block at ``rip``, translated now if it has become hot."""

@@ -446,10 +446,10 @@ _HELPERS: Final[Mapping[str, object]] = {
 Function = Callable[..., int]
 
 
-def compiled(emitter: Emitter) -> Function:
+def compiled(emitter: Emitter, helpers: Mapping[str, object]) -> Function:
     """The function ``block(cpu, limit, views)``: how many instructions it executed."""
     text, owners = emitter.source()
-    names: dict[str, object] = dict(_HELPERS)
+    names: dict[str, object] = {**_HELPERS, **helpers}
     names["owners"] = owners
     names["rips"] = emitter.rips
     exec(compile(text, f"<guest code at {emitter.start:#x}>", "exec"), names)

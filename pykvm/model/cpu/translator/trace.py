@@ -8,11 +8,12 @@ from pykvm.model.cpu import decode
 from pykvm.model.cpu.instruction import Instruction
 from pykvm.model.cpu.translator.branches import BRANCHES
 from pykvm.model.cpu.translator.emitter import Emitter, Function, Mode, NoTemplate, compiled
+from pykvm.model.cpu.translator.strings import STRINGS, copy, fill
 from pykvm.model.cpu.translator.templates import TEMPLATES
 
 _PAGE: Final = 0x1000
 _LONGEST: Final = 64
-_TEMPLATES: Final = TEMPLATES | BRANCHES
+_TEMPLATES: Final = TEMPLATES | BRANCHES | STRINGS
 
 
 class Block(NamedTuple):
@@ -69,7 +70,9 @@ def translate(decoder: decode.Decoder, mode: Mode, page: memoryview, rip: int, o
         at = following
     if not seen:
         return None
-    return Block(compiled(emitter), len(seen), first, last, bytes(page[first:last]))
+    return Block(
+        compiled(emitter, {"fill": fill, "copy": copy}), len(seen), first, last, bytes(page[first:last])
+    )
 
 
 def _fits(insn: Instruction, mode: Mode, rip: int) -> bool:

@@ -80,6 +80,30 @@ class Views:
             self.write1, self.write2, self.write4, self.write8,
         )  # fmt: skip
 
+        self._cpu = cpu
+        self._translations = translations
+        self.exit_due = False
+        """An instruction of translated code was completed with an exit: it is the last one for now."""
+
+    def frame(self, page: int) -> int:
+        """The frame behind a linear page that was read or written before.  Raises Leave."""
+        found = self._translations.read.get(page)
+        if found is None:
+            raise Leave
+        return found >> 12
+
+    def allow_writes(self, page: int) -> bool:
+        """Have the page in ``write1``, dirty; true where that makes an exit due.  Raises Leave."""
+        if page in self.write1:
+            return False
+        frame = self._translations.write.get(page)
+        ram = None if frame is None else self._cpu.bus.writable(frame >> 12)
+        if ram is None:
+            raise Leave
+        self.write1[page] = ram
+        self.exit_due = bool(self._cpu.exits)
+        return self.exit_due
+
     def clear(self) -> None:
         """Ask the bus again before each access."""
         for pages in self._all:
