@@ -10,9 +10,11 @@ from pykvm.crosscheck.rig import Rig
 from pykvm.crosscheck.scenario import CodeGuest, Contents, Mapping, Scenario, TablePlan, VcpuPlan
 from pykvm.crosscheck.steps import SlotPlan
 from pykvm.errors import PykvmError
+from pykvm.guest.boot import BootMode
 from pykvm.guest.launch import PAGING
 from pykvm.guest.modes import MODES
-from pykvm.machine import DebugStop, Registers, System
+from pykvm.machine import DebugStop, Registers, SlotFlags, System
+from pykvm.memory import PAGE_SIZE
 from pykvm.x86.bits import Rflags
 
 _CODE: Final = 0x1000
@@ -30,7 +32,9 @@ class Debuggable(Protocol):
     def clear_guest_debug(self) -> None: ...
 
 
-_known: WeakKeyDictionary[System, dict[tuple[str, int], bool]] = WeakKeyDictionary()
+_Mode = tuple[str, int]
+_steps: WeakKeyDictionary[System, dict[_Mode, bool]] = WeakKeyDictionary()
+_reads: WeakKeyDictionary[System, dict[_Mode, bool]] = WeakKeyDictionary()
 
 
 def can_single_step(system: System, mode: str, cpl: int) -> bool:
@@ -38,23 +42,38 @@ def can_single_step(system: System, mode: str, cpl: int) -> bool:
 
     Hosts that run user code natively and interpret supervisor code (kvm_pvm) can at CPL 0 only.
     """
-    known = _known.setdefault(system, {})
+    known = _steps.setdefault(system, {})
     if (mode, cpl) not in known:
-        known[mode, cpl] = _probe(system, mode, cpl)
+        known[mode, cpl] = _probe_steps(system, mode, cpl)
     return known[mode, cpl]
 
 
-def _probe(system: System, mode: str, cpl: int) -> bool:
+def marks_reads(system: System, mode: str, cpl: int) -> bool:
+    """Whether the log also names pages that were only read or executed, or walked through as tables.
+
+    With two-dimensional paging every fault maps a page writable, and that marks it; shadow paging does the
+    same for guests without paging (hosts.md B.9, C.1).  The model never does.
+    """
+    known = _reads.setdefault(system, {})
+    if (mode, cpl) not in known:
+        known[mode, cpl] = system.backend != "model" and _probe_reads(system, mode, cpl)
+    return known[mode, cpl]
+
+
+def _guest(mode: str, cpl: int, code: bytes) -> CodeGuest:
     flags = Rflags.FIXED | (Rflags.IOPL3 if cpl else 0)
-    guest = CodeGuest(
+    return CodeGuest(
         memories=(_MEMORY,),
-        slots=(SlotPlan(0, 0, 0, 0, _MEMORY),),
-        # nop, …; out 0x80, al; hlt: an end also where nothing stops the guest
-        contents=(Contents(0, _CODE, b"\x90" * _NOPS + b"\xe6\x80\xf4"),),
+        slots=(SlotPlan(0, 0, 0, 0, _MEMORY, SlotFlags.LOG_DIRTY_PAGES),),
+        contents=(Contents(0, _CODE, code + b"\xe6\x80\xf4"),),  # out 0x80, al; hlt
         vcpus=(VcpuPlan(mode, cpl, Registers(rip=_CODE, rsp=_CODE, rflags=flags)),),
         tables=TablePlan(_TABLES, 32, handlers=_HANDLERS),
-        mappings=(Mapping(0, 0, _MEMORY),) if MODES[mode] in PAGING else (),
+        mappings=(Mapping(0, 0, _MEMORY, flags=0x27),) if MODES[mode] in PAGING else (),
     )
+
+
+def _probe_steps(system: System, mode: str, cpl: int) -> bool:
+    guest = _guest(mode, cpl, b"\x90" * _NOPS)
     with Rig(Scenario("single step", guest, ()), system) as rig:
         vcpu = rig.machine.vcpus[0]
         if not isinstance(vcpu, Debuggable):
@@ -66,4 +85,15 @@ def _probe(system: System, mode: str, cpl: int) -> bool:
                 if not isinstance(reason, DebugStop) or reason.pc != _CODE + number:
                     return False
             return True
+    return False
+
+
+def _probe_reads(system: System, mode: str, cpl: int) -> bool:
+    # mov al, [si], where RSI is 0: page 0 is read and the page of the code executed.
+    code = b"\x8a\x04" if MODES[mode] in {BootMode.REAL, BootMode.PROTECTED16} else b"\x8a\x06"
+    with Rig(Scenario("reads", _guest(mode, cpl, code), ()), system) as rig:
+        with suppress(PykvmError):
+            rig.machine.vcpus[0].run()
+            marked = rig.machine.get_dirty_log(rig.slots[0]).tolist()
+            return 0 in marked or _CODE // PAGE_SIZE in marked
     return False

@@ -153,10 +153,8 @@ def _compare_sets(first: Trace, second: Trace, common: int) -> Iterator[Differen
                 reporter = (first, second)[here]
                 for slot, gfn in more - less:
                     page = gfn - bases[slot]
-                    allowed = reporter.backend != "model" and excusing(
-                        first.scenario.surplus, slot, page, number
-                    )
-                    if allowed:
+                    excuse = excusing(first.scenario.surplus, slot, page, number)
+                    if reporter.marks_reads or (excuse is not None and reporter.backend != "model"):
                         continue
                     values = ("reported", "not reported")
                     yield _difference(

@@ -34,6 +34,8 @@ WORKLOAD_ENTRIES: Final = (
 
 _LONGEST: Final = 15
 """Bytes of the longest instruction."""
+_LONGEST_OUT: Final = 3
+"""Bytes of an OUT with one prefix."""
 
 
 class Rule(NamedTuple):
@@ -55,6 +57,10 @@ IGNORED: Final = (
     Rule(
         "RIP behind the last element of REP that left for the host, with the count at 0",
         "hosts.md C.3: KVM's emulator finds out at the next entry that the instruction is complete",
+    ),
+    Rule(
+        "RIP at or behind an OUT that left for the host",
+        "hosts.md C.3: AMD's fast path moves RIP at the next entry",
     ),
     Rule(
         "D while the read of a read-modify-write waits for the host (Run with fill does not stop there)",
@@ -110,9 +116,13 @@ def same_exit(one: Exit | None, other: Exit | None) -> bool:
 
 
 def may_stand(exit: Exit | None, one: Registers, other: Registers) -> bool:
-    """Whether two RIPs of a vCPU may differ: its last exit came from a REP that is finished but for KVM."""
+    """Whether the RIPs of a vCPU may differ, its last exit being ``exit``: at what left for the host, or
+    behind it."""
+    distance = abs(one.rip - other.rip)
+    if isinstance(exit, IoOut) and 0 < distance <= _LONGEST_OUT:
+        return True
     left_for_host = isinstance(exit, MmioWrite | IoOut)
-    return left_for_host and not one.rcx & 0xFFFF and 0 < abs(one.rip - other.rip) <= _LONGEST
+    return left_for_host and not one.rcx & 0xFFFF and 0 < distance <= _LONGEST
 
 
 def excusing(surplus: tuple[Surplus, ...], slot: int, page: int, step: int) -> Surplus | None:

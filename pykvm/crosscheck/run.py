@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pykvm.crosscheck import steps as plan
-from pykvm.crosscheck.abilities import Debuggable, can_single_step
+from pykvm.crosscheck.abilities import Debuggable, can_single_step, marks_reads
 from pykvm.crosscheck.rig import Rig
 from pykvm.crosscheck.scenario import CodeGuest, Scenario
 from pykvm.crosscheck.steps import SlotPlan, Step
@@ -87,7 +87,20 @@ class _Run:
                 done.append(self._step(number, step))
                 if done[-1].ends:
                     break
-        return Trace(self._rig.machine.backend, self._scenario, start, tuple(done))
+        return Trace(
+            self._rig.machine.backend,
+            self._scenario,
+            start,
+            tuple(done),
+            marks_reads=marks_reads(self._system, *self._mode()),
+        )
+
+    def _mode(self, vcpu: int = 0) -> tuple[str, int]:
+        """The mode and CPL that a vCPU started in."""
+        guest = self._scenario.guest
+        if isinstance(guest, CodeGuest):
+            return guest.vcpus[vcpu].mode, guest.vcpus[vcpu].cpl
+        return "long", guest.cpl
 
     @contextmanager
     def _watchdog(self, seconds: float) -> Iterator[None]:
@@ -204,8 +217,7 @@ class _Run:
     def _do_single_step(self, step: plan.SingleStep) -> None:
         vcpu = self._vcpu(step.vcpu)
         cpl = vcpu.get_special_registers().ss.dpl
-        guest = self._scenario.guest
-        mode = guest.vcpus[step.vcpu].mode if isinstance(guest, CodeGuest) else "long"
+        mode, _ = self._mode(step.vcpu)
         if not isinstance(vcpu, Debuggable) or not can_single_step(self._system, mode, cpl):
             self._impossible = f"this machine cannot stop after each instruction in mode {mode} at CPL {cpl}"
             return

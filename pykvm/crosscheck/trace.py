@@ -54,9 +54,14 @@ class StepTrace:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A scenario's run on one machine.  ``start``: the live slots before the first step."""
+    """A scenario's run on one machine.
+
+    ``start``: the live slots before the first step.  ``marks_reads``: whether this machine's log also names
+    pages that were only read (pykvm.crosscheck.abilities).
+    """
 
     backend: str
     scenario: Scenario
     start: tuple[SlotPlan, ...]
     steps: tuple[StepTrace, ...]
+    marks_reads: bool = False

@@ -209,6 +209,15 @@ def test_a_rule_excuses_kvm_and_only_what_it_names(
     assert isinstance(compare(trace, other, Level.L1), Agreement) == agrees
 
 
+def test_a_host_that_marks_reads_may_report_more_and_not_less(trace: Trace) -> None:
+    more = (trace.steps[1].dirty or DirtyPages()) | DirtyPages.of([(0, 1)])
+    assert isinstance(compare(broken(trace, 1, dirty=more), trace, Level.L1), Difference)
+    marking = replace(broken(trace, 1, dirty=more), marks_reads=True)
+    assert isinstance(compare(marking, trace, Level.L1), Agreement)
+    fewer = replace(broken(trace, 1, dirty=DirtyPages()), marks_reads=True)
+    assert isinstance(compare(fewer, trace, Level.L1), Difference)
+
+
 def test_a_rule_excuses_no_missing_page(model: ModelSystem) -> None:
     trace = run(made(*STEPS, surplus=(Surplus(1, 0, DATA_PAGES, 0, "why"),)), model)
     fewer = without(trace.steps[1].dirty, 1, GFN + 1)
@@ -316,6 +325,17 @@ def test_rip_may_stand_at_a_finished_rep_whose_last_element_went_to_the_host(tra
     assert isinstance(compare(one, far, Level.L4), Difference)
     elsewhere = [broken(each, 0, exits=(Halted(),)) for each in (one, two)]
     assert isinstance(compare(*elsewhere, Level.L4), Difference)
+
+
+def test_rip_may_stand_at_an_out_or_behind_it(trace: Trace) -> None:
+    view = trace.steps[0].vcpus[0]
+    registers = replace(view.registers, rcx=5)
+    places = [
+        broken(trace, 0, vcpus=(replace(view, registers=replace(registers, rip=registers.rip - distance)),))
+        for distance in (0, 2, 4)
+    ]
+    assert isinstance(compare(places[0], places[1], Level.L4), Agreement)
+    assert isinstance(compare(places[0], places[2], Level.L4), Difference)
 
 
 def test_the_hidden_part_of_a_null_selector_does_not_count(trace: Trace) -> None:
