@@ -41,8 +41,8 @@ def borrow(namespace: dict[str, Any], module: str, *, without: Collection[str] =
     error, so the list stays true.
     """
     source = vars(importlib.import_module(module))
-    tests = {name for name in source if name.startswith("test_")}
-    assert set(without) <= tests, f"{module} has no {sorted(set(without) - tests)}"
-    fixtures = {name for name, value in source.items() if type(value).__name__ == "FixtureFunctionDefinition"}
-    namespace |= {name: source[name] for name in (tests - set(without)) | fixtures}
+    tests = [name for name in source if name.startswith("test_")]
+    assert set(without) <= set(tests), f"{module} has no {sorted(set(without) - set(tests))}"
+    fixtures = [name for name, value in source.items() if type(value).__name__ == "FixtureFunctionDefinition"]
+    namespace |= {name: source[name] for name in [*fixtures, *tests] if name not in without}
     namespace["system"] = _model

@@ -90,6 +90,7 @@ class ModelMachine(MachineClock, MachineMemory):
             ring = rings.DirtyRing(self.ring_entries) if self.ring_entries else None
             vcpu = ModelVcpu(self, vcpu_id, ring)
             self._vcpus.append(vcpu)
+            self.schedule.expect(vcpu_id)
             return vcpu
 
     def create_irqchip(self) -> None:

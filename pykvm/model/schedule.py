@@ -1,8 +1,9 @@
 """Who may touch the machine: one vCPU for some instructions, or one host thread for one operation.
 
-The vCPUs' threads take turns.  A turn is a number of instructions drawn from a seeded generator, and the next
-one goes to the next vCPU inside ``run``, so what several vCPUs do to each other depends on the seed only.  A
-vCPU that left with an exit keeps its turn for a short while, since its host will answer and come back.
+The vCPUs' threads take turns.  A turn is a number of instructions from a seeded generator, and the next
+one goes to the next vCPU inside ``run``, so what several vCPUs do to each other depends on the seed only.  The
+first turn waits a short while until all of them are inside, and a vCPU that left with an exit keeps its turn
+for as long, since its host will answer and come back.
 
 Host threads that collect dirty pages or change slots come in between two slices of a turn: never later than
 one slice, and never twice before the guest had a slice in between, so neither side can keep the other out.
@@ -16,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from random import Random
-from typing import Final
+from typing import Final, NamedTuple
 
 _SHORTEST_TURN: Final = 100
 _LONGEST_TURN: Final = 2000
@@ -29,6 +30,13 @@ _SLICE_SECONDS: Final = 0.005
 """What a slice of a vCPU that is alone should take."""
 
 
+class _Absence(NamedTuple):
+    """A vCPU's host answers its exit: which thread, and until when its turn waits."""
+
+    until: float
+    thread: int
+
+
 class Schedule:
     """The order of turns of one machine."""
 
@@ -36,33 +44,45 @@ class Schedule:
         self._random = Random(seed)
         self._changed = threading.Condition()
         self._inside: set[int] = set()
+        self._expected: set[int] = set()
+        self._gathered_by = 0.0
         self._turn: int | None = None
         self._left = 0
         self._busy = False
         self._begun = 0.0
         self._slice = _FIRST_SLICE
-        self._away_until = 0.0
-        self._away_thread = 0
+        self._away: dict[int, _Absence] = {}
         self._visitors = 0
         self._visitor = 0
         self._guest_is_next = False
 
     # --- vCPUs -------------------------------------------------------------------------------------------
 
+    def expect(self, number: int) -> None:
+        """A vCPU was made: the first turn waits for it."""
+        with self._changed:
+            self._expected.add(number)
+
     def begin(self, number: int, stop: Callable[[], bool]) -> int:
         """Wait for the vCPU's turn: how many instructions it may execute, 0 if ``stop`` came first."""
         with self._changed:
             if number not in self._inside:
                 self._inside.add(number)
-                if self._away_thread == threading.get_ident() and number != self._turn:
-                    self._away_until = 0.0  # who would answer that exit is here
+                me = threading.get_ident()  # and so not busy with the exit of another vCPU
+                self._away = {n: each for n, each in self._away.items() if n != number and each.thread != me}
+                self._expected.discard(number)
+                self._gathered_by = self._gathered_by or time.monotonic() + _HELD_SECONDS
+                self._changed.notify_all()
             while not stop():
                 if self._may_run(number):
                     self._busy = True
                     self._guest_is_next = False
                     self._begun = time.perf_counter()
-                    return self._slice if len(self._inside) == 1 else self._left
-                left = self._away_until - time.monotonic()
+                    return self._slice if len(self._inside) + len(self._away) == 1 else self._left
+                left = (
+                    max(self._gathered_by, *(each.until for each in self._away.values()), 0)
+                    - time.monotonic()
+                )
                 self._changed.wait(left if left > 0 else None)
             return 0
 
@@ -82,11 +102,8 @@ class Schedule:
         """The vCPU left ``run``; ``back_soon``: its host answers the exit and goes on."""
         with self._changed:
             self._inside.discard(number)
-            if back_soon and self._turn == number and self._left > 0:
-                self._away_until = time.monotonic() + _HELD_SECONDS
-                self._away_thread = threading.get_ident()
-            elif self._turn == number:
-                self._left = 0
+            if back_soon:
+                self._away[number] = _Absence(time.monotonic() + _HELD_SECONDS, threading.get_ident())
             self._changed.notify_all()
 
     def wake(self) -> None:
@@ -101,16 +118,19 @@ class Schedule:
 
     def _next(self) -> int | None:
         """Whose turn it is, or None while it is that of a vCPU outside."""
-        if not self._inside:
+        now = time.monotonic()
+        if not self._inside or (self._expected and now < self._gathered_by):
             return None
-        if self._turn is None or self._left <= 0 or not self._holds():
-            after = [number for number in self._inside if self._turn is not None and number > self._turn]
-            self._turn = min(after or self._inside)
+        self._expected.clear()
+        self._away = {number: each for number, each in self._away.items() if now < each.until}
+        members = self._inside | self._away.keys()
+        if len(members) == 1:
+            (self._turn,) = members
+        elif self._turn not in members or self._left <= 0:
+            after = [number for number in members if self._turn is not None and number > self._turn]
+            self._turn = min(after or members)
             self._left = self._random.randint(_SHORTEST_TURN, _LONGEST_TURN)
         return self._turn if self._turn in self._inside else None
-
-    def _holds(self) -> bool:
-        return self._turn in self._inside or time.monotonic() < self._away_until
 
     # --- host threads ------------------------------------------------------------------------------------
 
