@@ -37,6 +37,7 @@ from pykvm.model.cpu import (  # noqa: F401
     tables,
     transfers,
     x87,
+    x87_arithmetic,
     x87_moves,
     xsave,
 )

@@ -136,12 +136,16 @@ def infinity(form: Format, negative: bool) -> int:
 
 
 class Environment(NamedTuple):
-    """How to round: ``masked`` exceptions get a default result; ``flush`` makes tiny results zero (FZ)."""
+    """How to round: ``masked`` exceptions get a default result; ``flush`` makes tiny results zero (FZ).
+
+    ``precision`` is the number of significant bits where it is less than the format's (x87 PC).
+    """
 
     rounding: Rounding = Rounding.NEAREST
     masked: int = 0x3F
     daz: bool = False
     flush: bool = False
+    precision: int = 0
 
 
 class Result(NamedTuple):
@@ -167,19 +171,9 @@ def shift_rounding(significand: int, shift: int, mode: Rounding, negative: bool)
     return quotient + up, True, up
 
 
-def encode(
-    negative: bool,
-    significand: int,
-    exponent: int,
-    form: Format,
-    environment: Environment,
-    precision: int = 0,
-) -> Result:
-    """Round a number that is not zero; tininess is judged after rounding (SDM vol. 1, 4.9.1.5).
-
-    ``precision`` is the number of significant bits where it is less than the format's.
-    """
-    precision = precision or form.precision
+def encode(negative: bool, significand: int, exponent: int, form: Format, environment: Environment) -> Result:
+    """Round a number that is not zero; tininess is judged after rounding (SDM vol. 1, 4.9.1.5)."""
+    precision = environment.precision or form.precision
     leading = exponent + significand.bit_length() - 1
     least = 1 - form.bias
     mode = environment.rounding
@@ -188,16 +182,36 @@ def encode(
     at = leading + (value.bit_length() > precision)
     if at < least:
         if not environment.masked & Flag.UNDERFLOW:
-            # The handler gets the number rounded as if the exponent had no limit (SDM vol. 1, 4.9.1.5).
-            return Result(0, Flag.UNDERFLOW | (Flag.PRECISION if inexact else 0))
+            return _wrapped(negative, significand, exponent, form, environment, Flag.UNDERFLOW, _WRAP)
         return _encode_tiny(negative, significand, exponent, form, environment, precision)
     if at > form.bias:
-        return _overflow(negative, form, environment, inexact)
+        if not environment.masked & Flag.OVERFLOW:
+            return _wrapped(negative, significand, exponent, form, environment, Flag.OVERFLOW, -_WRAP)
+        return _overflow(negative, form, environment)
     if value.bit_length() > precision:
         value >>= 1
     value <<= form.precision - precision
     bits = (at + form.bias) << form.fraction_bits | value & (1 << form.fraction_bits) - 1
     return Result(bits | zero(form, negative), Flag.PRECISION if inexact else 0, up)
+
+
+_WRAP: Final = 3 << 13
+"""What the exponent of an x87 result is moved by for the handler of an unmasked overflow or underflow."""
+
+
+def _wrapped(
+    negative: bool,
+    significand: int,
+    exponent: int,
+    form: Format,
+    environment: Environment,
+    flag: Flag,
+    by: int,
+) -> Result:
+    """The handler gets the number rounded as if the exponent had no limit (SDM vol. 1, 4.9.1.4, 4.9.1.5)."""
+    unlimited = environment._replace(precision=environment.precision or form.precision)
+    found = encode(negative, significand, exponent + (by if form.stores_integer else 0), EXTENDED, unlimited)
+    return Result(found.bits if form.stores_integer else 0, found.flags | flag, found.up)
 
 
 def _encode_tiny(
@@ -216,7 +230,7 @@ def _encode_tiny(
     return Result(value | zero(form, negative), flags, up)
 
 
-def _overflow(negative: bool, form: Format, environment: Environment, inexact: bool) -> Result:
+def _overflow(negative: bool, form: Format, environment: Environment) -> Result:
     mode = environment.rounding
     away = mode == Rounding.NEAREST or mode == (Rounding.DOWN if negative else Rounding.UP)
     bits = infinity(form, negative)
@@ -225,8 +239,7 @@ def _overflow(negative: bool, form: Format, environment: Environment, inexact: b
         if form.stores_integer:
             bits = ((1 << form.exponent_bits) - 2 << form.fraction_bits) | (1 << form.precision) - 1
             bits |= zero(form, negative)
-    masked = environment.masked & Flag.OVERFLOW
-    return Result(bits, Flag.OVERFLOW | (Flag.PRECISION if inexact or masked else 0), away)
+    return Result(bits, Flag.OVERFLOW | Flag.PRECISION, away)
 
 
 # --- operations -------------------------------------------------------------------------------------------

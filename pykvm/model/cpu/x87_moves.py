@@ -64,7 +64,7 @@ def push(cpu: Processor, value: int, flags: int = 0) -> None:
     stack.put(x87, 0, value)
 
 
-def _widen(bits: int, size: int) -> tuple[int, int]:
+def widen(bits: int, size: int) -> tuple[int, int]:
     """A single or double as 80 bits, exactly, and the exceptions of loading it."""
     form = _FORMATS[size]
     a = decode(bits, form)
@@ -93,7 +93,7 @@ def fld(cpu: Processor, insn: Instruction) -> None:
     elif source.size == 10:
         push(cpu, source.read(cpu))
     else:
-        push(cpu, *_widen(source.read(cpu), source.size))
+        push(cpu, *widen(source.read(cpu), source.size))
     done(cpu, insn)
 
 
