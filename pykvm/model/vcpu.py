@@ -150,7 +150,10 @@ class ModelVcpu(VcpuSnapshot, VcpuDebug):
             with self._schedule.visit():
                 return self._complete()
         if cpu.replies or cpu.exits:
+            answered = bool(cpu.replies)
             exit = self._complete()
+            if exit is None and answered and self.debugging:
+                exit = self.answered_step()
             if exit is not None:
                 return exit
         if self.ring is not None and self.ring.full:

@@ -75,6 +75,11 @@ class VcpuDebug(VcpuPart):
             return self._stop(Vector.DB, _DR6_ONES | hits | (_DR6_STEP if self._single_step else 0))
         return exit
 
+    def answered_step(self) -> Exit | None:
+        """The stop behind an instruction that waited for the host's answer.  As in KVM there is none behind
+        one that only told the host something: that exit was its stop."""
+        return self._stop(Vector.DB, _DR6_ONES | _DR6_STEP) if self._single_step else None
+
     def _data_step(self, cpu: Processor) -> Exit | None:
         """With the host's breakpoints on data in the debug registers, unless the guest writes them."""
         guests = cpu.dr, cpu.dr7
