@@ -150,6 +150,11 @@ def exits() -> Iterator[tuple[str, Scenario]]:
         name = f"single steps in {mode} at CPL {cpl}"
         steps = [plan.SingleStep(0, 3), plan.SingleStep(0, 40), plan.Run(), plan.Collect(1)]
         yield name, scenario(name, guest(mode, cpl, writer(mode, 1, 2)), *steps)
+        name = f"single steps over questions in {mode} at CPL {cpl}"
+        slots = (SYSTEM_SLOT, SlotPlan(1, DATA, 1, 0, PAGE_SIZE, LOG))
+        code = b"\xe4\x11\x90" + load(page(1), mode) + store(page(1), mode) + b"\x90" + OUT + b"\x90" * 3
+        steps = [plan.SingleStep(0, 1, fill=7)] * 9
+        yield name, scenario(name, guest(mode, cpl, code, slots=slots), *steps)
 
 
 def paging() -> Iterator[tuple[str, Scenario]]:
