@@ -184,9 +184,14 @@ class Machine:
 class Duo:
     """Both machines, in step."""
 
-    def __init__(self, bits: int, code: bytes, registers: dict[int, int] | None = None) -> None:
+    def __init__(
+        self, bits: int, code: bytes, registers: dict[int, int] | None = None, *, hot: int = 16
+    ) -> None:
         self.plain = Machine(bits, translate=False)
         self.fast = Machine(bits, translate=True)
+        translator = self.fast.cpu._translator
+        assert translator is not None
+        translator.hot = hot
         for machine in self:
             machine.put(CODE, code)
             for number, value in (registers or {}).items():

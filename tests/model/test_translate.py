@@ -252,7 +252,7 @@ def string_loop(random: Random, opcode: int) -> bytes:
 @given(seed=st.integers(0, 1 << 32))
 def test_string_instructions_agree(bits: int, opcode: int, seed: int) -> None:
     random = Random(seed)
-    duo = Duo(bits, string_loop(random, opcode), {RAX: random.getrandbits(32), RBP: 24})
+    duo = Duo(bits, string_loop(random, opcode), {RAX: random.getrandbits(32), RBP: 24}, hot=1)
     for machine in duo:
         machine.put(DATA, Random(seed).randbytes(0x6000))
     for _ in range(12):

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from pykvm.model.cpu.processor import Processor
 
 _HOT: Final = 16
-"""Executions by the interpreter after which code is translated."""
 _REWRITES: Final = 4
 """Code that changed so often is left to the interpreter."""
 _BLOCKS_KEPT: Final = 1 << 13
@@ -39,6 +38,8 @@ class Translator:
         self._ready: dict[int, Block] = {}
         self._plain: set[int] = set()
         self._heat: dict[int, int] = {}
+        self.hot = _HOT
+        """Executions by the interpreter after which code is translated."""
         self._epoch = -1
         self._modes: dict[Mode, int] = {}
         self._renew()
@@ -73,7 +74,7 @@ class Translator:
     def _find(self, rip: int) -> Block | None:
         """The block at ``rip``, translated now if it has become hot."""
         heat = self._heat.get(rip, 0)
-        if heat < _HOT:
+        if heat < self.hot:
             if len(self._heat) >= _RIPS_COUNTED:
                 self._heat.clear()
             self._heat[rip] = heat + 1
