@@ -18,8 +18,8 @@ from pykvm.crosscheck.instructions.coverage import markdown
 from pykvm.crosscheck.instructions.forms import FORMS
 from pykvm.crosscheck.instructions.generate import Generated, Generator, forms_of
 from pykvm.crosscheck.instructions.host import HostExecutor
-from pykvm.crosscheck.instructions.known import TABLE, opcode_of
 from pykvm.crosscheck.instructions.machine import MachineExecutor, changes_special_registers
+from pykvm.crosscheck.instructions.rule import TABLE, opcode_of
 from pykvm.crosscheck.instructions.shrink import shrink
 from pykvm.crosscheck.instructions.strategies import cases
 from pykvm.errors import PykvmError, UsageError

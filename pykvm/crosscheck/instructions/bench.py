@@ -12,8 +12,9 @@ from typing import Self
 from pykvm.crosscheck.instructions.case import Executor, InstructionCase, Outcome
 from pykvm.crosscheck.instructions.compare import Oracle, difference
 from pykvm.crosscheck.instructions.host import HostExecutor
-from pykvm.crosscheck.instructions.known import Known, explanation
+from pykvm.crosscheck.instructions.known import explanation
 from pykvm.crosscheck.instructions.machine import MachineExecutor
+from pykvm.crosscheck.instructions.rule import Known
 from pykvm.errors import HostError
 from pykvm.machine import System
 from pykvm.observe import HostCpu

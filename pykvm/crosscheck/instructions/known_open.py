@@ -1,0 +1,108 @@
+"""Differences that the SDM leaves open, or in which AMD's processors deviate from it."""
+
+from __future__ import annotations
+
+from pykvm.crosscheck.instructions.case import FLAT, InstructionCase, Outcome
+from pykvm.crosscheck.instructions.rule import Opcode, known, opcodes
+from pykvm.x86.exceptions import Vector
+
+
+@known(
+    "undefined shift",
+    "any",
+    "SHLD and SHRD by more than the operand's 16 bits: result and flags are undefined (SDM vol. 2, SHLD)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    count = case.code[-1] if opcode.code in opcodes("0fa4 0fac") else case.registers.rcx
+    short = (0x66 in opcode.prefixes) != (case.mode == 16)
+    return opcode.code in opcodes("0fa4 0fa5 0fac 0fad") and short and count & 31 > 16
+
+
+@known(
+    "undefined bytes at a page's end",
+    "any",
+    "how many bytes of an undefined instruction are fetched before #UD or #GP is not architectural",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    end = FLAT.code_end
+    return (
+        case.mode != 16
+        and case.linear + 15 > end
+        and {model.vector, other.vector} <= {Vector.UD, Vector.PF, Vector.GP}
+        and end in {model.address, other.address}
+    )
+
+
+@known(
+    "stores of a faulting ENTER",
+    "any",
+    "an ENTER that faults may have pushed frame pointers already: below the stack pointer, so nobody's data",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return opcode.code == b"\xc8" and model.vector == other.vector is not None
+
+
+@known(
+    "which fault of a far return comes first",
+    "any",
+    "RETF and IRET that would fault for more than one reason (SDM vol. 2 orders checks, not reads)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return opcode.code in {b"\xca", b"\xcb", b"\xcf"} and None not in {model.vector, other.vector}
+
+
+@known(
+    "too long and undefined",
+    "any",
+    "bytes beyond 15 that would make no instruction anyway: #GP for the length or #UD first",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return len(case.code) > 15 and {model.vector, other.vector} == {Vector.UD, Vector.GP}
+
+
+@known(
+    "MMX state after a faulting MASKMOVQ",
+    "any",
+    "AMD's processors have marked the MMX registers in use already when the store faults (host)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return opcode.code == b"\x0f\xf7" and model.vector == other.vector is not None
+
+
+@known(
+    "which byte of FXSAVE faults",
+    "any",
+    "AMD's processors try the last byte first, and check AC before the alignment of 16 bytes (host)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return (
+        opcode.code == b"\x0f\xae" and opcode.extension in {0, 1} and None not in {model.vector, other.vector}
+    )
+
+
+@known(
+    "LOCK before VERR and VERW",
+    "host",
+    "AMD's processors read the operand before they raise #UD for LOCK (host)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return opcode.code == b"\x0f\x00" and 0xF0 in opcode.prefixes and model.vector == Vector.UD
+
+
+@known(
+    "which operand of CMPS is read first",
+    "any",
+    "AMD's processors read the source first in REPE CMPSB and last in all others (host); KVM's emulator last",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return opcode.code in {b"\xa6", b"\xa7"} and None not in {model.vector, other.vector}
+
+
+@known(
+    "which fault of a near CALL comes first",
+    "any",
+    "AMD's processors push the return address before they look at the target (host), the SDM looks first",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    calls = opcode.code == b"\xe8" or (opcode.code == b"\xff" and opcode.extension == 2)
+    return calls and None not in {model.vector, other.vector}
