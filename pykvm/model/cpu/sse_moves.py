@@ -178,10 +178,12 @@ def maskmov(cpu: Processor, insn: Instruction) -> None:
     size = begin(cpu, insn, "sse", "sse2")
     signs = lanes(mask.read(cpu), 8, 8 * size)
     segment = insn.segment_or(DS)
-    offset = cpu.regs[RDI] & insn.address_mask
-    old = cpu.load_for_update(segment, offset, size)
     chosen = join((0xFF if sign & 0x80 else 0 for sign in signs), 8)
-    cpu.store(segment, offset, size, old & ~chosen | source.read(cpu) & chosen)
+    for at in range(0, size, 8):  # AC wants alignment to 8 also of the XMM form (host)
+        offset = cpu.regs[RDI] + at & insn.address_mask
+        half, data = chosen >> 8 * at & M64, source.read(cpu) >> 8 * at & M64
+        old = cpu.load_for_update(segment, offset, 8)
+        cpu.store(segment, offset, 8, old & ~half | data & half)
     if isinstance(source, Mmx):
         touch_mmx(cpu)
 

@@ -69,9 +69,9 @@ def touch_mmx(cpu: Processor) -> None:
 
 
 def _address(cpu: Processor, operand: Memory, size: int, *, aligned: bool, write: bool = False) -> int:
-    """The linear address.  Alignment to 16 comes before the segment's limit and before #AC (host)."""
+    """The linear address.  Alignment to 16 comes before all that can be wrong with it (host)."""
     offset = operand.offset(cpu)
-    if aligned and size == 16 and cpu.linear(operand.segment, offset, 1, write) & 15:
+    if aligned and size == 16 and cpu.windows[operand.segment].base + offset & 15:
         raise Fault.gp()
     return cpu.linear(operand.segment, offset, size, write)
 
