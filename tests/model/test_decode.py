@@ -57,6 +57,11 @@ def summary(insn: Instruction) -> str:
         (64, "a5", "movs m.4 m.4"),  # capstone: movsd, as the SSE instruction
         (64, "f20f1000", "movsd Xmm m.8"),
         (64, "a7", "cmps m.4 m.4"),
+        # SSE comparisons, which share one name in capstone
+        (64, "0fc2c100", "cmpps Xmm Xmm"),
+        (64, "660fc2c101", "cmppd Xmm Xmm"),
+        (64, "f30fc2c107", "cmpss Xmm Xmm"),
+        (64, "66f20fc20103", "cmpsd Xmm m.8"),
         (64, "48ab", "stos m.8 r0.8"),
         (64, "8ed8", "mov_sreg s3 r0.4"),
         (64, "0f22c0", "mov_cr c0 r0.8"),
