@@ -170,6 +170,12 @@ def test_far_pointers() -> None:
     assert (ended.cpu.regs[RCX], ended.cpu.segments[FS].selector) == (DATA32, 0x3B)
 
 
+def test_a_far_pointer_ends_within_its_segment() -> None:
+    """Its selector would lie at 0x10000: the operand is one, and does not wrap (SDM vol. 3, 5.3)."""
+    ended = World(16).code("66c41efcff f4").put(0xFFFC, "00000000").run()  # les ebx, [0xfffc]
+    assert ended.vector == Vector.GP
+
+
 def test_ltr_marks_the_tss_busy() -> None:
     ended = WORLDS["ldtr and tr"]().run()
     assert (ended.cpu.regs[RBX], ended.cpu.regs[RCX], ended.cpu.regs[RDX]) == (0, LDT_SELECTOR, TSS2_SELECTOR)

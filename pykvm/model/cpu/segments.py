@@ -18,6 +18,7 @@ from pykvm.model.cpu.descriptors import (
     real_segment,
 )
 from pykvm.model.cpu.faults import Fault
+from pykvm.model.cpu.flags import MASK
 from pykvm.model.cpu.instruction import CS, DS, ES, FS, GS, RSP, SS, Memory, SegmentRegister
 from pykvm.model.cpu.semantics import semantics
 from pykvm.x86.registers import Segment
@@ -140,9 +141,9 @@ def load_far_pointer(cpu: Processor, insn: Instruction) -> None:
 
 
 def far_pointer(cpu: Processor, source: Memory, size: int) -> tuple[int, int]:
-    """Offset of ``size`` bytes and selector behind it, from memory."""
-    at = source.offset(cpu)
-    return cpu.load(source.segment, at, size), cpu.load(source.segment, at + size & source.mask, 2)
+    """Offset of ``size`` bytes and selector behind it, from memory: one operand to the segment's limit."""
+    pointer = cpu.load(source.segment, source.offset(cpu), size + 2)
+    return pointer & MASK[size], pointer >> 8 * size
 
 
 def far_offset_size(cpu: Processor, insn: Instruction) -> int:
