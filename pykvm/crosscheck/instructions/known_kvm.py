@@ -11,7 +11,6 @@ from pykvm.crosscheck.instructions.case import InstructionCase, Outcome
 from pykvm.crosscheck.instructions.rule import Opcode, known, opcodes
 from pykvm.x86.exceptions import Vector
 
-
 _SELECTORS: Final = opcodes("8c 8e 9a ca cb cf ea ff 0f00 0f02 0f03 0fa0 0fa1 0fa8 0fa9 0fb2 0fb4 0fb5")
 _LACKED: Final = opcodes("27 37 3f 62 63 9b c8 cc cd ce c4 c5 0f02 0f03 0fb8 0f77 0ff0 0f0d")
 _LACKED_MAPS: Final = (b"\x0f\x38", b"\x0f\x3a")
