@@ -1,7 +1,7 @@
 """Who may touch the machine: one vCPU for some instructions, or one host thread for one operation.
 
-The vCPUs' threads take turns.  A turn is a number of instructions from a seeded generator, and the next
-one goes to the next vCPU inside ``run``, so what several vCPUs do to each other depends on the seed only.  The
+The vCPUs' threads take turns.  A turn is a number of instructions from a seeded generator, and the next one
+goes to the next vCPU inside ``run``, so what several vCPUs do to each other depends on the seed only.  The
 first turn waits a short while until all of them are inside, and a vCPU that left with an exit keeps its turn
 for as long, since its host will answer and come back.
 
@@ -49,6 +49,7 @@ class Schedule:
         self._turn: int | None = None
         self._left = 0
         self._busy = False
+        self._executing: int | None = None
         self._begun = 0.0
         self._slice = _FIRST_SLICE
         self._away: dict[int, _Absence] = {}
@@ -75,6 +76,7 @@ class Schedule:
                 self._changed.notify_all()
             while not stop():
                 if self._may_run(number):
+                    self._executing = number
                     self._busy = True
                     self._guest_is_next = False
                     self._begun = time.perf_counter()
@@ -86,9 +88,12 @@ class Schedule:
                 self._changed.wait(left if left > 0 else None)
             return 0
 
-    def end(self, executed: int, limit: int) -> None:
-        """The slice is over, after ``executed`` of ``limit`` instructions."""
+    def end(self, number: int, executed: int, limit: int) -> None:
+        """The slice is over, after ``executed`` of ``limit`` instructions.  Harmless if none had begun."""
         with self._changed:
+            if self._executing != number:
+                return
+            self._executing = None
             self._busy = False
             self._left -= max(1, executed)
             seconds = time.perf_counter() - self._begun

@@ -102,7 +102,8 @@ class ModelVcpu(VcpuSnapshot, VcpuDebug):
         """Run until an exit that somebody must see; see pykvm.machine.Vcpu.run.
 
         Raises ClosedError, BusyError, and UnsupportedInstruction, having changed nothing since the
-        instruction before.
+        instruction before.  A signal handler that raises in this thread may do so amid an instruction, after
+        which the vCPU is of no use.
         """
         with self.use("KVM_RUN"):
             self.entries += 1
@@ -122,16 +123,16 @@ class ModelVcpu(VcpuSnapshot, VcpuDebug):
             self.reply(bytes(self._length(self._question)))  # as KVM: what nobody answered reads as it may
         self.forget_memory()
         while True:
-            limit = self._schedule.begin(self.id, self._must_stop)
-            if limit == 0 and not cpu.replies and not cpu.exits:
-                self._kicked = False
-                return Kicked()
-            before = cpu.instructions
+            before, limit = cpu.instructions, 0
             try:
+                limit = self._schedule.begin(self.id, self._must_stop)
+                if limit == 0 and not cpu.replies and not cpu.exits:
+                    self._kicked = False
+                    return Kicked()
                 exit = self._slice(limit)
             finally:
-                if limit:
-                    self._schedule.end(cpu.instructions - before, limit)
+                # Also after Ctrl-C, wherever it struck: others must be able to close the machine.
+                self._schedule.end(self.id, cpu.instructions - before, limit)
             if exit is not None and not self._swallow(exit):
                 return exit
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 import tracemalloc
@@ -273,3 +274,19 @@ def test_cr4_is_held_against_the_guests_cpuid() -> None:
         vcpu.set_cpuid(machine.supported_cpuid)
         vcpu.set_special_registers(replace(special))
         assert vcpu.get_special_registers().cr4 == 1 << 20
+
+
+def test_a_machine_can_be_closed_after_ctrl_c() -> None:
+    """KeyboardInterrupt out of ``run`` leaves no lock behind."""
+    with ModelSystem() as system, system.create_machine() as machine, GuestMemory(MIB) as memory:
+        machine.create_slot(memory, 0)
+        vcpu = real_mode(machine, memory, b"\xeb\xfe")
+        for _ in range(20):
+            interrupt = threading.Timer(0.01, signal.raise_signal, (signal.SIGINT,))
+            interrupt.start()
+            with pytest.raises(KeyboardInterrupt):
+                vcpu.run()
+            interrupt.join()
+            assert machine.get_clock().clock > 0
+            with machine.schedule.visit():
+                assert not vcpu.running
