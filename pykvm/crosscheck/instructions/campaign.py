@@ -55,6 +55,8 @@ class Room:
     known: Counter[str] = field(default_factory=Counter)
     coverage: Counter[tuple[str, str]] = field(default_factory=Counter)
     missing: Counter[str] = field(default_factory=Counter)
+    unrepeatable: int = 0
+    """Disagreements that were not there when the case ran again, such as time-outs on a busy host."""
 
     @property
     def forms(self) -> int:
@@ -75,6 +77,7 @@ class Room:
             "operand_forms": len(self.coverage),
             "verdicts": {kind.value: count for kind, count in sorted(self.verdicts.items(), key=str)},
             "known": dict(self.known.most_common()),
+            "unrepeatable": self.unrepeatable,
             "missing": dict(self.missing.most_common()),
         }
 
@@ -157,6 +160,9 @@ class Campaign:
             if verdict.kind is Kind.MISSING:
                 room.missing[made.form.id] += 1
             elif verdict.kind in UNEXPLAINED:
+                if bench.judge(made.case).kind is not verdict.kind:
+                    room.unrepeatable += 1
+                    continue
                 report.unexplained += 1
                 self._keep(report, bench, made, verdict)
         room.seconds += time.monotonic() - begin

@@ -163,7 +163,7 @@ class MachineExecutor:
         try:
             exit = self._watchdog.run(vcpu)
         except UnsupportedInstruction:
-            return self._failed(InternalError(1, ()))
+            return Outcome(Registers(), failure="unsupported")
         except PykvmError:
             raise
         except Exception as error:
@@ -234,6 +234,8 @@ class MachineExecutor:
             Kicked: "unfinished",
         }.get(type(exit), type(exit).__name__)
         registers = self._vcpu.get_registers()
+        if failure == "unsupported" and self.name == "model":
+            failure = "no code there"  # what it has no semantics for raises UnsupportedInstruction
         if failure != "unsupported":
             self._tear_down()
             self._build()
