@@ -263,6 +263,17 @@ def test_string_instructions_agree(bits: int, opcode: int, seed: int) -> None:
             assert duo.plain.ram.collect() == duo.fast.ram.collect()
 
 
+def test_a_copy_onto_itself_repeats_its_start() -> None:
+    # next: mov edi, DATA + 8 ; mov esi, DATA ; mov ecx, 200 ; mov [rsi], ebp ; rep movsb ; dec ebp
+    # jnz next ; hlt
+    code = bytes.fromhex("bf08000100 be00000100 b9c8000000 892e f3a4 ffcd 75e9 f4")
+    duo = Duo(64, code, {RBP: 10}, hot=1)
+    for machine in duo:
+        machine.put(DATA, b"12345678" + bytes(400))
+    duo.run(1000)
+    assert duo.fast.ram.bytes[DATA : DATA + 216] == b"\1\0\0\0005678" * 26 + bytes(8)
+
+
 def test_large_fills_and_copies_are_translated() -> None:
     # next: mov rdi, r8 ; mov rsi, r9 ; mov ecx, 0x1000 ; rep movsb ; dec ebp ; jnz next ; hlt
     code = bytes.fromhex("4c89c7 4c89ce b900100000 f3a4 ffcd 75ef f4")
@@ -298,34 +309,49 @@ class FullRing(Machine):
 
         ram.writable, ram.write = logged_writable, logged_write  # type: ignore[method-assign]
 
-    def run_to_exit(self, limit: int) -> object:
-        return self.cpu.run(limit)
+    def start(self) -> None:
+        self.cpu.rip, self.cpu.halted = CODE, False
+        self.cpu.regs[RCX], self.cpu.regs[RDI], self.cpu.regs[RSI] = 2000, DATA, DATA + 0x18
+
+    def reset(self) -> None:
+        """Log the next write to each page again."""
+        self.handed_out.clear()
+        self.ram.collect()
 
 
-# next: mov rdi, rsi ; mov ecx, 0x500 ; rep stosq ; jmp next
-FILLS = bytes.fromhex("4889f7 b900050000 f348ab ebf3")
-
-
-@pytest.mark.parametrize(("code", "limit"), [(STORES, 9000), (FILLS, 100)], ids=["stores", "fills"])
-def test_an_exit_for_a_full_ring_comes_behind_the_store(code: bytes, limit: int) -> None:
+def both_rings(code: bytes) -> tuple[FullRing, FullRing]:
     plain, fast = FullRing(64, translate=False), FullRing(64, translate=True)
     for machine in (plain, fast):
         machine.put(CODE, code)
-        machine.cpu.regs[RCX], machine.cpu.regs[RDI], machine.cpu.regs[RSI] = 2000, DATA, DATA + 0x18
+        machine.start()
+    return plain, fast
+
+
+def test_an_exit_for_a_full_ring_comes_behind_the_store() -> None:
+    plain, fast = both_rings(STORES)
     for number in range(9):
-        assert fast.run_to_exit(limit) == plain.run_to_exit(limit)
+        assert fast.cpu.run(9000) == plain.cpu.run(9000)
         assert fast.seen() == plain.seen()
         if number == 4:  # the pages are translated now, and their next writes are logged again
             for machine in (plain, fast):
-                machine.handed_out.clear()
-                machine.ram.collect()
-                machine.cpu.rip, machine.cpu.halted = CODE, False
-                machine.cpu.regs[RCX], machine.cpu.regs[RDI] = 2000, DATA
-        if code == FILLS and number >= 4:  # with pages that are translated and not logged before each run
+                machine.reset()
+                machine.start()
+    assert fast.cpu.translated > 10_000
+
+
+@pytest.mark.parametrize("count", [0x500, 0x1FE], ids=["onwards", "one-behind-the-page"])
+def test_a_full_ring_stops_a_fill_within_a_page(count: int) -> None:
+    # next: mov rdi, rsi ; mov ecx, count ; rep stosq ; jmp next
+    plain, fast = both_rings(
+        bytes.fromhex("4889f7 b9") + count.to_bytes(4, "little") + bytes.fromhex("f348ab ebf3")
+    )
+    for number in range(24):
+        assert fast.cpu.run(70) == plain.cpu.run(70)
+        assert fast.seen() == plain.seen()
+        if number > 8 and number % 2:
             for machine in (plain, fast):
-                machine.handed_out.clear()
-                machine.ram.collect()
-    assert fast.cpu.translated > limit // 2
+                machine.reset()
+    assert fast.cpu.translated > 100
 
 
 # --- dirty pages ------------------------------------------------------------------------------------------
