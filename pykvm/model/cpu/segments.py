@@ -142,7 +142,9 @@ def load_far_pointer(cpu: Processor, insn: Instruction) -> None:
 
 def far_pointer(cpu: Processor, source: Memory, size: int) -> tuple[int, int]:
     """Offset of ``size`` bytes and selector behind it, from memory: one operand to the segment's limit."""
-    pointer = cpu.load(source.segment, source.offset(cpu), size + 2)
+    at = source.offset(cpu)
+    cpu.linear(source.segment, at, size)  # RFLAGS.AC wants the offset aligned (host)
+    pointer = cpu.load(source.segment, at, size + 2)
     return pointer & MASK[size], pointer >> 8 * size
 
 
