@@ -348,7 +348,7 @@ def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> 
 @known(
     "KVM's emulator forgets the flags of a REP comparison that faults",
     "kvm",
-    "AMD's processors keep those of the last completed iteration (host); SDM vol. 2, REP, restores the old ones",
+    "AMD's processors keep those of the last iteration (host); SDM vol. 2, REP, restores the old ones",
 )
 def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
     return opcode.code in opcodes("a6 a7 ae af") and model.vector == other.vector is not None
