@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from pykvm.backends import open_system
+from pykvm.cli import run as run_command
+from pykvm.cli.session import Session
 from pykvm.guest import catalog
 from tests.cli.runner import Result, execute, invoke
-
-pytestmark = pytest.mark.kvm
 
 IMAGES = Path(catalog.__file__).parent / "images"
 HALT = b"\xf4"
@@ -20,6 +21,15 @@ SPIN = b"\xeb\xfe"
 def out(port: int, *values: int) -> bytes:
     """mov dx, port ; for each value: mov al, value ; out dx, al (16-bit code)."""
     return b"\xba" + port.to_bytes(2, "little") + b"".join(bytes([0xB0, value, 0xEE]) for value in values)
+
+
+@pytest.fixture(autouse=True, params=[pytest.param("kvm", marks=pytest.mark.kvm), "model"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the commands of this process open, whatever they are told."""
+    name: str = request.param
+    monkeypatch.setattr(run_command, "open_system", lambda _: open_system(name))
+    monkeypatch.setattr(Session, "tell_choice", lambda *_: None)  # nothing was chosen by itself
+    return name
 
 
 @pytest.fixture
@@ -74,6 +84,7 @@ def test_a_rom_starts_at_the_reset_vector(capfd: pytest.CaptureFixture[str]) -> 
     assert "reset vector" in result.out
 
 
+@pytest.mark.parametrize("backend", [pytest.param("kvm", marks=pytest.mark.kvm)], indirect=True)
 def test_irqchip_makes_a_halt_wait_in_the_kernel(capfd: pytest.CaptureFixture[str], image: Path) -> None:
     result = run(capfd, image, HALT, "--irqchip", "--timeout", "200ms")
     assert result.status == 124

@@ -39,7 +39,10 @@ def test_the_scripts_can_be_executed(script: Path) -> None:
     assert os.access(script, os.X_OK)
 
 
-@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["--nosuch"], 2), (["a", "b"], 2)])
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["--help"], 0), (["--nosuch"], 2), (["a", "b"], 2), (["--backend", "nosuch"], 2)],
+)
 def test_the_demo_explains_itself_before_it_does_anything(
     tmp_path: Path, arguments: list[str], status: int
 ) -> None:
@@ -134,3 +137,19 @@ def test_finding_out_that_nothing_is_to_be_done_costs_little() -> None:
         if done.returncode:
             pytest.skip("scripts/test has not set this checkout up, or its sources have changed since")
     assert best < 3
+
+
+def test_the_demo_runs_on_the_model(tmp_path: Path) -> None:
+    """With every tracker, and the lost page is found."""
+    done = subprocess.run(
+        [ROOT / "scripts/demo", "--backend", "model", tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("verdict       verified") == 3
+    assert "backend model" in done.stdout
+    assert "three migrations verified, and the sabotaged one was caught (status 10)" in done.stderr
+    assert len(list(tmp_path.glob("*.html"))) == 4
