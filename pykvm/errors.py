@@ -60,12 +60,6 @@ class CapabilityError(HostError):
     exit_status = 5
 
 
-class BackendError(HostError):
-    """The requested backend does not exist on this machine."""
-
-    exit_status = 3
-
-
 # --- refusals of the kernel ----------------------------------------------------------------------
 
 

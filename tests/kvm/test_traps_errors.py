@@ -232,9 +232,9 @@ def test_a_device_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 ELSEWHERE = {
     "PykvmError", "HostError", "KvmError", "DirtyLogError", "RingOverflowError", "DevicePermissionError",
-    "CapabilityError", "BackendError", "EmulationError", "ImageError", "GuestError", "GuestCorruptionError",
+    "CapabilityError", "EmulationError", "ImageError", "GuestError", "GuestCorruptionError",
     "MigrationError", "WireError", "ChannelError", "VerificationError", "HandoverUnknownError",
-    "DestinationLostError", "PendingExitError",
+    "DestinationLostError", "PendingExitError", "DisagreementError", "UnsupportedInstruction",
 }  # fmt: skip
 """Bases, classes tested above by themselves, and those of other rooms, which have their own tests."""
 
