@@ -10,6 +10,7 @@ from typing import Final
 import capstone
 
 from pykvm.errors import ImageError, UsageError
+from pykvm.guest.images import FOUR_GIB
 from pykvm.guest.protocol import LOAD_ADDRESS, GuestHeader, Kind
 
 _IMAGES: Final = Path(__file__).parent / "images"
@@ -22,7 +23,7 @@ _BITS: Final = {
     Kind.PAE: capstone.CS_MODE_32,
     Kind.MULTIBOOT: capstone.CS_MODE_32,
 }
-_LOAD_ADDRESSES: Final = {Kind.ROM: 0xFFFFF000, Kind.MULTIBOOT: 0x100000}
+_MULTIBOOT_ADDRESS: Final = 0x100000
 _MODES: Final = {
     Kind.WORKLOAD: "long mode, CPL 0 or 3",
     Kind.REAL: "real mode",
@@ -61,7 +62,9 @@ class CatalogGuest:
     @property
     def load_address(self) -> int:
         """Where the image belongs (gpa); a multiboot file tells by itself, this is its first address."""
-        return _LOAD_ADDRESSES.get(self.header.kind, LOAD_ADDRESS)
+        if self.header.kind is Kind.ROM:
+            return FOUR_GIB - len(self.image)
+        return _MULTIBOOT_ADDRESS if self.header.kind is Kind.MULTIBOOT else LOAD_ADDRESS
 
     @property
     def source(self) -> str:

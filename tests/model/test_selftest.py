@@ -1,0 +1,126 @@
+"""The self-test ROM judges processors: the model with and without translation, and a real KVM.
+
+The ROM compares with values that its source states after the SDM.  That it can fail is shown by breaking
+the model in one place at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from pykvm.errors import EmulationError, GuestError
+from pykvm.guest import catalog
+from pykvm.guest.devices import Device, DeviceBus
+from pykvm.guest.images import load_image
+from pykvm.guest.launch import launch
+from pykvm.guest.pc_devices import DebugExit, PostCode
+from pykvm.kvm import KvmSystem
+from pykvm.machine import Exit, System
+from pykvm.model.system import ModelSystem
+
+MEMORY = 8 << 20
+TIMEOUT = 30.0
+PASSED = 1  # status 0 by the debug-exit port
+POST_PORT, CHECK_PORT, STAGES_PORT, SUCCESS = 0x80, 0x84, 0x190, 0xFF
+ALL = 0xFFFFFFFF
+
+SOURCES = Path(catalog.__file__).parent / "images"
+STAGES = {
+    name: int(number)
+    for file in sorted(SOURCES.glob("selftest*.inc"))
+    for number, name in re.findall(r"^STAGE_BEGIN (\d+), (\w+)", file.read_text(), re.MULTILINE)
+}
+
+_EMULATED = "not emulated by a KVM that cannot run this code natively:"
+UNKNOWN_TO_KVMS_EMULATOR = {
+    "decimal": f"{_EMULATED} DAA, AAA, AAS",
+    "nested_frames": f"{_EMULATED} ENTER with a level, BOUND",
+    "traps": f"{_EMULATED} exceptions of UD2 and its like in real mode",
+    "selectors": f"{_EMULATED} LAR, LSL, VERR, VERW, ARPL",
+    "far_code": f"{_EMULATED} far jumps that fault in other ways than by the descriptor",
+    "rings": f"{_EMULATED} call gates, INT and IRET in protected mode",
+}
+
+
+class Stages(Device):
+    """What the ROM asks for the stages to run."""
+
+    def __init__(self, mask: int) -> None:
+        self.mask = mask
+
+    def port_in(self, vcpu: object, port: int, size: int) -> int:
+        return self.mask
+
+
+@dataclasses.dataclass
+class Outcome:
+    status: int | None
+    stages: list[int]
+    check: int | None
+    end: tuple[object, ...]
+
+    @property
+    def failed(self) -> int | None:
+        """The stage that failed."""
+        return None if self.status == PASSED else self.stages[-1]
+
+
+def run(system: System, mask: int = ALL) -> Outcome:
+    image = load_image(catalog.load("selftest").image, "rom")
+    post, check, bus = PostCode(), PostCode(), DeviceBus()
+    bus.attach_ports(post, POST_PORT)
+    bus.attach_ports(check, CHECK_PORT)
+    bus.attach_ports(Stages(mask), STAGES_PORT, 4)
+    bus.attach_ports(DebugExit(), DebugExit.PORT)
+    exits: list[Exit] = []
+    with launch(system, image, bus, memory=MEMORY) as guest:
+        guest.runner.trace = lambda vcpu, exit: exits.append(exit)
+        guest.runner.start()
+        status = guest.runner.wait(TIMEOUT)
+        guest.runner.stop()
+        (vcpu,) = guest.machine.vcpus
+        registers, special = vcpu.get_registers(), vcpu.get_special_registers()
+        end = (exits, registers, special, guest.memory.read(0, MEMORY))
+    return Outcome(status, post.codes, check.codes[-1] if check.codes else None, end)
+
+
+def only(name: str) -> int:
+    return 1 << STAGES[name]
+
+
+def test_the_stages_are_numbered_from_one_on() -> None:
+    assert sorted(STAGES.values()) == list(range(1, len(STAGES) + 1))
+    assert len(STAGES) > 15
+
+
+@pytest.mark.parametrize("translate", [True, False], ids=["translated", "interpreted"])
+def test_the_model_passes(translate: bool) -> None:
+    outcome = run(ModelSystem(translate=translate))
+    assert (outcome.status, outcome.check) == (PASSED, None)
+    assert outcome.stages == [*range(1, len(STAGES) + 1), SUCCESS]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_stands_alone(name: str) -> None:
+    outcome = run(ModelSystem(), only(name))
+    assert (outcome.status, outcome.stages) == (PASSED, [STAGES[name], SUCCESS])
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("name", STAGES)
+def test_kvm_ends_in_the_same_state(name: str) -> None:
+    """Registers, memory and every exit, where KVM can run the stage at all."""
+    with KvmSystem() as system:
+        try:
+            real = run(system, only(name))
+        except (EmulationError, GuestError):
+            if name not in UNKNOWN_TO_KVMS_EMULATOR:
+                raise
+            pytest.skip(UNKNOWN_TO_KVMS_EMULATOR[name])
+    assert real.status == PASSED
+    for ours, theirs in zip(run(ModelSystem(), only(name)).end, real.end, strict=True):
+        assert ours == theirs
