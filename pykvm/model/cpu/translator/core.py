@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
+from pykvm.model.cpu.flags import RF
 from pykvm.model.cpu.instruction import CS
 from pykvm.model.cpu.translator.emitter import Mode, SegmentKind
 from pykvm.model.cpu.translator.trace import Block, translate
@@ -18,6 +19,7 @@ _REWRITES: Final = 4
 """Code that changed so often is left to the interpreter."""
 _BLOCKS_KEPT: Final = 1 << 13
 _RIPS_COUNTED: Final = 1 << 17
+_MODES_KEPT: Final = 1 << 10
 _TOP: Final = 0xFFFFFFFF
 
 Key = tuple[int, int, int]
@@ -42,6 +44,7 @@ class Translator:
         """Executions by the interpreter after which code is translated."""
         self._epoch = -1
         self._modes: dict[Mode, int] = {}
+        self._recent_modes: dict[tuple[object, ...], Mode] = {}
         self._renew()
 
     def run(self, limit: int) -> int:
@@ -51,6 +54,7 @@ class Translator:
         if cpu.epoch != self._epoch:
             self._renew()
         ready, views, left = self._ready, self._views, limit
+        views.repeating = False
         while True:
             block = ready.get(cpu.rip) or self._find(cpu.rip)
             if block is None or block.length > left:
@@ -62,6 +66,8 @@ class Translator:
             if views.exit_due:
                 break
         done = limit - left
+        if done:
+            cpu.rflags = cpu.rflags & ~RF | (RF if views.repeating else 0)
         cpu.instructions += done
         cpu.translated += done
         return done
@@ -133,7 +139,14 @@ class Translator:
         self._epoch = self._cpu.epoch
         self._ready.clear()
         self._plain.clear()
-        self._mode = self._present_mode()
+        cpu = self._cpu
+        state = (cpu.bits, cpu.stack_size, cpu.canonical_shift, *cpu.windows)
+        mode = self._recent_modes.get(state)
+        if mode is None:
+            if len(self._recent_modes) >= _MODES_KEPT:
+                self._recent_modes.clear()
+            mode = self._recent_modes[state] = self._present_mode()
+        self._mode = mode
         self._mode_number = self._modes.setdefault(self._mode, len(self._modes))
         self._views = self._present_views()
 

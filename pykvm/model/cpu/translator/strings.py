@@ -90,6 +90,7 @@ def _repeated(e: Emitter, insn: Instruction, call: str, registers: tuple[int, ..
             register, natural, f"{e.register(register, natural)} + n{e.index} * {size} & {MASK[natural]}"
         )
     count = e.set_register(RCX, natural, f"{count} - n{e.index}")
+    e.emit(f"views.repeating = {count} > 0")
     e.exit_to(f"{here} if {count} else {e.next_rip}", f"{count} or views.exit_due")
     return e.next_rip
 
