@@ -163,7 +163,8 @@ def _random_slots(source: Source, *, logs: bool) -> tuple[SlotPlan, ...]:
     slots = [SlotPlan(0, 0, 0, 0, _SYSTEM_PAGES * PAGE_SIZE, log)]
     page = 0
     while page < _DATA_PAGES:
-        pages = _DATA_PAGES - page if len(slots) == 4 else source.integer(1, _DATA_PAGES - page)
+        left = _DATA_PAGES - page
+        pages = left if len(slots) == 4 else left - source.integer(0, left - 1)
         kind = choose(source, ("logs", "logs", "logs", "plain", "read-only", "hole", "aliased"))
         offset = source.integer(0, _DATA_PAGES - pages) if kind == "aliased" else page
         flags = {"plain": SlotFlags.NONE, "read-only": SlotFlags.READONLY}.get(kind, log)

@@ -48,10 +48,16 @@ def common_cpuid(*systems: System) -> Sequence[CpuidEntry]:
 
 
 def traces(
-    scenario: Scenario, first: System, second: System, *, seconds: float = TIME_LIMIT
+    scenario: Scenario,
+    first: System,
+    second: System,
+    *,
+    cpuid: Sequence[CpuidEntry] | None = None,
+    seconds: float = TIME_LIMIT,
 ) -> tuple[Trace, Trace]:
     """``scenario`` on both, with the same processor for the guests.  Raises as ``run`` does."""
-    cpuid = common_cpuid(first, second)
+    if cpuid is None:
+        cpuid = common_cpuid(first, second)
     return (
         run(scenario, first, cpuid=cpuid, seconds=seconds),
         run(scenario, second, cpuid=cpuid, seconds=seconds),
@@ -92,30 +98,28 @@ def run_scenarios(
     and saved in ``directory``; after ``most_failures`` the run ends.  Raises as ``run`` does, and OSError.
     """
     report = ScenarioReport()
+    cpuid = common_cpuid(first, second)
+
+    def fails(scenario: Scenario) -> bool:
+        return isinstance(judge(*traces(scenario, first, second, cpuid=cpuid)), Difference)
+
     begin = time.monotonic()
     while time.monotonic() - begin < seconds and len(report.disagreements) < most_failures:
         name = f"seed {seed}, case {report.cases}"
         source = RandomSource(name)
         scenario = random_scenario(source, name)
-        trace, other = traces(scenario, first, second)
+        trace, other = traces(scenario, first, second, cpuid=cpuid)
         result = judge(trace, other)
         report.cases += 1
         _count(report.coverage, trace)
         if isinstance(result, Difference):
-            small = shrink(
-                source.choices, lambda each: fails(each, first, second), name=name, seconds=SHRINK_SECONDS
-            )
+            small = shrink(source.choices, fails, name=name, seconds=SHRINK_SECONDS)
             report.disagreements.append(_saved(small, directory, check(small, first, second), result))
         elif result.note:
             report.partial += 1
         report.seconds = time.monotonic() - begin
         progress(report)
     return report
-
-
-def fails(scenario: Scenario, first: System, second: System) -> bool:
-    """Whether the machines disagree about ``scenario``."""
-    return isinstance(check(scenario, first, second), Difference)
 
 
 def _saved(scenario: Scenario, directory: Path, result: Result, first: Difference) -> Difference:

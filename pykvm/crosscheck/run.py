@@ -116,13 +116,11 @@ class _Run:
                     with suppress(PykvmError):
                         vcpu.kick(wait=0)
 
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
+        threading.Thread(target=watch, name="scenario watchdog", daemon=True).start()
         try:
             yield
         finally:
-            finished.set()
-            thread.join()
+            finished.set()  # nobody waits for the thread: what it may still kick is closed or knows of it
 
     def _step(self, number: int, step: Step) -> StepTrace:
         self._begin_step()

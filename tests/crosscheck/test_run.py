@@ -9,7 +9,7 @@ import pytest
 
 from pykvm.crosscheck import steps as plan
 from pykvm.crosscheck.compare import Agreement
-from pykvm.crosscheck.mass import judge, traces
+from pykvm.crosscheck.mass import check, judge, traces
 from pykvm.crosscheck.rig import HANDLER_PORT
 from pykvm.crosscheck.rules import CROSSING_STORE, NEW_MAPPINGS, READ_OF_DIRTY_ENTRY, WORKLOAD_ENTRIES
 from pykvm.crosscheck.run import run
@@ -26,7 +26,7 @@ from pykvm.crosscheck.scenario import (
 )
 from pykvm.crosscheck.steps import SlotPlan
 from pykvm.guest import catalog
-from pykvm.guest.modes import PATTERN, stores_at
+from pykvm.guest.modes import PATTERN, stores_at, why_mode_fails
 from pykvm.kvm import KvmSystem
 from pykvm.machine import (
     DebugStop,
@@ -251,6 +251,21 @@ def test_the_model_does_what_kvm_does(system: KvmSystem, model: ModelSystem, nam
     result = judge(real, ours)
     assert isinstance(result, Agreement), str(result)
     assert not any(step.overdue for step in real.steps)
+
+
+@pytest.mark.parametrize("cpl", [0, 3])
+@pytest.mark.parametrize("mode", ["paged32", "pae"])
+def test_paged_modes_where_the_host_has_them(
+    system: KvmSystem, model: ModelSystem, mode: str, cpl: int
+) -> None:
+    reason = why_mode_fails(system, mode, cpl=cpl)
+    if reason is not None:
+        pytest.skip(f"this host does not run {mode}: {reason}")
+    mappings = (Mapping(0, 0, PAGES * PAGE_SIZE, flags=0x27), Mapping(DATA, DATA, 8 * PAGE_SIZE, flags=0x07))
+    made = guest(mode, cpl, writer(mode, 1, 2), mappings=mappings)
+    steps = [plan.Run(), plan.Collect(0), plan.Collect(1), plan.Run(0, 2), plan.Collect(1)]
+    result = check(scenario(mode, made, *steps), system, model)
+    assert isinstance(result, Agreement), str(result)
 
 
 @pytest.mark.parametrize("name", ["long at CPL 3, ring", "every step in long at CPL 0", "a full ring"])
