@@ -1,0 +1,113 @@
+"""``pykvm crosscheck`` end to end: agreement, disagreement, and what it says where KVM is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pykvm.crosscheck.instructions import known
+from pykvm.crosscheck.instructions.case import InstructionCase
+from pykvm.crosscheck.instructions.rule import TABLE
+from pykvm.model.cpu.semantics import TABLE as SEMANTICS
+from pykvm.x86.bits import Rflags
+from tests.cli.runner import ROOT, invoke
+from tests.cli.test_documents import check_keys
+
+FEW = ("--kind", "instructions", "--mode", "64", "--cases", "60", "--seed", "1", "--backend", "model")
+
+
+def test_agreement_ends_with_status_0(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    done = invoke(capfd, "crosscheck", *FEW, "--save", str(tmp_path / "none"), "--json")
+    assert done.status == 0
+    check_keys("pykvm crosscheck", done.document)
+    assert done.document["cases"] == 120  # CPL 3 and CPL 0
+    assert done.document["unexplained"] == 0
+    user, system = done.document["coverage"]["instructions"]
+    assert (user["mode"], user["cpl"], user["executors"]) == (64, 3, ["model", "host"])
+    assert system["cpl"] == 0
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_seed_is_told_and_repeats(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    done = invoke(capfd, "crosscheck", *FEW, "--save", str(tmp_path))
+    assert "pykvm crosscheck --seed 1 --kind instructions" in done.err
+
+
+def test_without_kvm_the_rest_is_named(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ("--backend", "model", "--seconds", "1", "--seed", "1", "--save", str(tmp_path))
+    done = invoke(capfd, "crosscheck", *arguments, "--json")
+    assert done.status == 0
+    left_out = "\n".join(done.document["left_out"])
+    assert "paging: there is no real KVM" in left_out
+    assert "scenarios: there is no real KVM" in left_out
+    assert done.document["cases"] > 0
+
+
+def test_a_wrong_model_is_found_saved_and_replayed(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """INC that changes CF."""
+    right = SEMANTICS["inc"]
+
+    def wrong(cpu, insn):  # type: ignore[no-untyped-def]
+        right.execute(cpu, insn)
+        cpu.rflags ^= int(Rflags.CF)
+
+    monkeypatch.setitem(SEMANTICS, "inc", replace(right, execute=wrong))
+    arguments = ("--kind", "instructions", "--mode", "64", "--cases", "1500", "--seed", "1")
+    done = invoke(capfd, "crosscheck", *arguments, "--backend", "model", "--save", str(tmp_path), "--json")
+    assert done.status == 13
+    assert done.document["unexplained"] > 0
+    forms = {each["form"] for each in done.document["disagreements"]}
+    assert forms <= {"FF /0", "FE /0"}
+    files = sorted(tmp_path.iterdir())
+    case = InstructionCase.from_json(json.loads(files[0].read_text()))
+    assert case.code[-2] in {0xFE, 0xFF} or len(case.code) > 2
+    again = invoke(capfd, "replay", str(files[0]), "--backend", "model", "--against", "model")
+    assert again.status == 13
+    assert "CF" in again.err
+    monkeypatch.setitem(SEMANTICS, "inc", right)
+    assert invoke(capfd, "replay", str(files[0]), "--backend", "model", "--against", "model").status == 0
+
+
+def test_the_coverage_table_is_written(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    table = tmp_path / "table.md"
+    done = invoke(capfd, "crosscheck", *FEW, "--coverage", str(table), "--save", str(tmp_path))
+    assert done.status == 0
+    assert table.read_text().startswith("120 cases.")
+    refused = invoke(capfd, "crosscheck", "--kind", "paging", "--coverage", str(table))
+    assert refused.status == 2
+
+
+@pytest.mark.kvm
+def test_all_kinds_agree_on_kvm(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    done = invoke(
+        capfd,
+        "crosscheck",
+        "--backend",
+        "kvm",
+        "--seconds",
+        "6",
+        "--seed",
+        "3",
+        "--save",
+        str(tmp_path),
+        "--json",
+    )
+    assert done.status == 0, done.document["disagreements"]
+    assert set(done.document["coverage"]) == {"instructions", "paging", "scenarios"}
+    check_keys("pykvm crosscheck", done.document)
+
+
+def documented(page: str) -> set[str]:
+    return set(re.findall(r"^\| (.+?) \|", (ROOT / "docs" / page).read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("rule", TABLE, ids=lambda rule: rule.name)
+def test_every_known_difference_is_documented(rule: known.Known) -> None:
+    page = "kvm-findings.md" if rule.who == "kvm" else "crosscheck.md"
+    assert rule.name in documented(page)
