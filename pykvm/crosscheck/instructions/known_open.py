@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from pykvm.crosscheck.instructions.case import FLAT, InstructionCase, Outcome
 from pykvm.crosscheck.instructions.rule import Opcode, known, opcodes
 from pykvm.x86.exceptions import Vector
+
+
+_MANY_PREFIXES: Final = 6
+"""With as many a VEX or XOP instruction with an immediate exceeds 15 bytes."""
 
 
 @known(
@@ -57,7 +63,8 @@ def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> 
     "bytes beyond 15 that would make no instruction anyway: #GP for the length or #UD first",
 )
 def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
-    return len(case.code) > 15 and {model.vector, other.vector} == {Vector.UD, Vector.GP}
+    long = len(case.code) > 15 or len(opcode.prefixes) >= _MANY_PREFIXES
+    return long and {model.vector, other.vector} == {Vector.UD, Vector.GP}
 
 
 @known(
