@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.crosscheck.instructions import known
 from pykvm.crosscheck.instructions.case import InstructionCase
-from pykvm.crosscheck.instructions.rule import TABLE
+from pykvm.crosscheck.instructions.known import TABLE
+from pykvm.crosscheck.instructions.rule import Known
 from pykvm.model.cpu.semantics import TABLE as SEMANTICS
 from pykvm.x86.bits import Rflags
 from tests.cli.runner import ROOT, invoke
@@ -108,6 +108,6 @@ def documented(page: str) -> set[str]:
 
 
 @pytest.mark.parametrize("rule", TABLE, ids=lambda rule: rule.name)
-def test_every_known_difference_is_documented(rule: known.Known) -> None:
+def test_every_known_difference_is_documented(rule: Known) -> None:
     page = "kvm-findings.md" if rule.who == "kvm" else "crosscheck.md"
     assert rule.name in documented(page)

@@ -18,8 +18,9 @@ from pykvm.crosscheck.instructions.coverage import markdown
 from pykvm.crosscheck.instructions.forms import FORMS
 from pykvm.crosscheck.instructions.generate import Generated, Generator, forms_of
 from pykvm.crosscheck.instructions.host import HostExecutor
+from pykvm.crosscheck.instructions.known import TABLE
 from pykvm.crosscheck.instructions.machine import MachineExecutor, changes_special_registers
-from pykvm.crosscheck.instructions.rule import TABLE, opcode_of
+from pykvm.crosscheck.instructions.rule import opcode_of
 from pykvm.crosscheck.instructions.shrink import shrink
 from pykvm.crosscheck.instructions.strategies import cases
 from pykvm.errors import PykvmError, UsageError
@@ -236,6 +237,16 @@ def test_instructions_that_load_segments_are_known(code: str) -> None:
 @pytest.mark.parametrize("code", ["01d8", "f3a4", "0fb6c0", "660fefc1", "4889d8", "0fae03"])
 def test_others_do_not_cost_the_time(code: str) -> None:
     assert not changes_special_registers(flat(code))
+
+
+def test_without_ptrace_the_host_is_left_out(model: ModelSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pykvm.observe.child.binding.PTRACE_TRACEME", 0x7FFF)
+    cpuid = tuple(model.supported_cpuid)
+    assert processor(model) == cpuid
+    with Bench(64, 3, [model], InstructionOracle(cpuid), cpuid) as bench:
+        assert bench.names == ("model",)
+        assert "ptrace" in bench.left_out[0]
+        assert bench.judge(flat("01d8")).kind is Kind.AGREE
 
 
 # --- comparing ---------------------------------------------------------------------------------------------

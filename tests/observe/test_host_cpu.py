@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.errors import ClosedError, UsageError
+from pykvm.errors import ClosedError, HostError, UsageError
 from pykvm.observe import HostCase, HostCpu, HostOutcome
 from pykvm.observe.arena import CODE, DATA, DATA_END, PAGE, READ_ONLY, changes
 from pykvm.observe.cpuid import host_cpuid
@@ -213,6 +213,19 @@ def test_code_outside_its_page_is_refused(cpu64: HostCpu) -> None:
         run(cpu64, "90", rip=DATA)
     with pytest.raises(UsageError, match="not inside the arena"):
         run(cpu64, "90", memory={DATA_END - 1: b"ab"})
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [("binding.PTRACE_TRACEME", "ptrace"), ("_PR_SET_SECCOMP", "seccomp")]
+)
+def test_what_the_kernel_forbids_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, name: str, step: str
+) -> None:
+    monkeypatch.setattr(f"pykvm.observe.child.{name}", 0x7FFF)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(HostError, match=rf"{step}.*leave the host out\.$"):
+        HostCpu(64)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_dead_child_is_replaced() -> None:

@@ -12,6 +12,8 @@ from pykvm.crosscheck.instructions import known_kvm, known_open
 from pykvm.crosscheck.instructions.case import InstructionCase, Outcome
 from pykvm.crosscheck.instructions.rule import TABLE, Known, opcode_of
 
+__all__ = ["TABLE", "explanation"]
+
 _MODULES: Final = (known_open, known_kvm)  # their import has filled the table
 
 

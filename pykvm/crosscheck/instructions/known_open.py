@@ -8,7 +8,6 @@ from pykvm.crosscheck.instructions.case import FLAT, InstructionCase, Outcome
 from pykvm.crosscheck.instructions.rule import Opcode, known, opcodes
 from pykvm.x86.exceptions import Vector
 
-
 _MANY_PREFIXES: Final = 6
 """With as many a VEX or XOP instruction with an immediate exceeds 15 bytes."""
 
