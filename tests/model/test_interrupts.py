@@ -267,6 +267,32 @@ def test_a_halted_processor_wakes() -> None:
     assert (cpu.rip, _top(cpu, 1), cpu.halted) == (handler(0x30), [CODE + 2], False)
 
 
+@pytest.mark.parametrize(
+    ("count", "rcx", "rip", "rf"), [(2000, 976, CODE, Rflags.RF), (1000, 0, CODE + 2, 0)]
+)
+def test_an_interrupt_amid_a_repetition_pushes_rf(count: int, rcx: int, rip: int, rf: int) -> None:
+    """SDM vol. 3, 18.3.1.1: after any iteration but the last."""
+    cpu = World().code("f3aa" + _NOPS).set(rflags=0x202, rcx=count, rdi=FREE).processor()
+    cpu.step()
+    cpu.pending_interrupt = 0x30
+    cpu.step()
+    assert (cpu.regs[RCX], _top(cpu, 3)) == (rcx, [rip, CODE32, 0x202 | rf])
+
+
+def test_a_single_step_trap_amid_a_repetition_pushes_rf() -> None:
+    cpu = World().code("f3aa" + _NOPS).set(rflags=0x102, rcx=2, rdi=FREE).processor()
+    for rip, rf in ((CODE, Rflags.RF), (CODE + 2, 0)):
+        cpu.step()
+        cpu.step()
+        assert _top(cpu, 3) == [rip, CODE32, 0x102 | rf]
+        cpu.rip, cpu.rflags = rip, 0x102
+
+
+def test_a_software_interrupt_pushes_rf_clear() -> None:
+    """RF is cleared when the instruction begins (SDM vol. 3, 18.3.1.1)."""
+    assert World().code("cd21").set(rflags=0x10002).run().stack(3, 4) == [CODE + 2, CODE32, 2]
+
+
 def test_injected_exceptions_carry_their_error_code() -> None:
     cpu = World().code(_NOPS).processor()
     cpu.injected_exception = Fault(Vector.GP, 0x1234)

@@ -16,6 +16,7 @@ TF: Final = 1 << 8
 IF: Final = 1 << 9
 DF: Final = 1 << 10
 OF: Final = 1 << 11
+RF: Final = 1 << 16
 STATUS: Final = CF | PF | AF | ZF | SF | OF
 
 MASK: Final = {size: (1 << 8 * size) - 1 for size in (1, 2, 4, 8, 16)}

@@ -58,7 +58,6 @@ def _load_flags(cpu: Processor, image: int, writable: int, size: int) -> None:
     """RFLAGS from the stack, as far as ``writable`` and the operand size go."""
     writable &= MASK[size]
     cpu.set_rflags(cpu.rflags & ~writable | image & writable)
-    cpu.next_rf = image & writable & _RF
 
 
 def _return_real(cpu: Processor, size: int) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from pykvm.machine.exits import IoIn, IoOut
 from pykvm.model.cpu.faults import Fault
-from pykvm.model.cpu.flags import DF
+from pykvm.model.cpu.flags import DF, RF
 from pykvm.model.cpu.implicit import get, put
 from pykvm.model.cpu.instruction import ES, RAX, RCX, RDI, RDX, RSI
 from pykvm.model.cpu.semantics import semantics
@@ -97,4 +97,5 @@ def ins(cpu: Processor, insn: Instruction) -> None:
     if insn.rep:
         put(cpu, RCX, width, count - batch)
         if count > batch:
+            cpu.rflags |= RF
             cpu.next_rip = cpu.rip

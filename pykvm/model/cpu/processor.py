@@ -27,7 +27,6 @@ _INSTRUCTIONS_KEPT: Final = 1 << 16
 _TF: Final = int(Rflags.TF)
 _RF: Final = int(Rflags.RF)
 _VM_AND_AC: Final = int(Rflags.VM | Rflags.AC)
-_STEPPING: Final = _TF | _RF
 
 SHADOW_STI: Final = 1
 SHADOW_SS: Final = 2
@@ -66,8 +65,6 @@ class Processor(MemoryAccess):
         """Vector of an interrupt that was accepted already: delivered next, whatever RFLAGS.IF says."""
         self.single_step = False
         """A #DB trap follows this instruction; those that load or clear TF say otherwise."""
-        self.next_rf = 0
-        """RFLAGS.RF after this instruction: IRET and task switches load it (SDM vol. 3, 18.3.1.1)."""
         self._saved = self._snapshot()
         self._fetched: dict[int, tuple[int, memoryview, Instruction]] = {}
         """By RIP: epoch, the bytes in memory, and what they were when they were decoded."""
@@ -133,11 +130,7 @@ class Processor(MemoryAccess):
     def _undisturbed(self) -> bool:
         """Whether nothing comes between instructions or looks at each single one."""
         return not (
-            self.rflags & _STEPPING
-            or self.shadow
-            or self.replies
-            or self.checks_alignment
-            or self._event_waits()
+            self.rflags & _TF or self.shadow or self.replies or self.checks_alignment or self._event_waits()
         )
 
     def execute(self, insn: Instruction) -> None:
@@ -145,15 +138,15 @@ class Processor(MemoryAccess):
         self.single_step = bool(self.rflags & _TF)
         self.next_rip = self.rip + len(insn.encoding) & self.ip_mask
         self._saved = self._snapshot()
-        self.next_shadow = self.next_rf = 0
+        self.next_shadow = 0
+        if self.rflags & _RF:
+            self.rflags &= ~_RF  # some instructions set it again, for the next one (SDM vol. 3, 18.3.1.1)
         try:
             insn.semantics.execute(self, insn)
         except NeedInput:
             self.rollback()
             raise
         self.commit()
-        if self.rflags & _RF and not (insn.rep and self.next_rip == self.rip):
-            self.rflags = self.rflags & ~_RF | self.next_rf
         self.rip = self.next_rip
         self.shadow = self.next_shadow
         self.instructions += 1

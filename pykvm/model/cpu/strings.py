@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from pykvm.model.cpu import flags
-from pykvm.model.cpu.flags import DF, STATUS, TF, ZF
+from pykvm.model.cpu.flags import DF, RF, STATUS, TF, ZF
 from pykvm.model.cpu.implicit import get, put
 from pykvm.model.cpu.instruction import DS, ES, RAX, RCX, RDI, RSI
 from pykvm.model.cpu.semantics import Execute, semantics
@@ -45,7 +45,10 @@ def load_source(cpu: Processor, insn: Instruction, size: int) -> int:
 
 
 def repeat(cpu: Processor, insn: Instruction, once: Iteration, *, compares: bool = False) -> None:
-    """Run ``once`` as the prefixes say: REPE and REPNE of a comparison look at ZF, too."""
+    """Run ``once`` as the prefixes say: REPE and REPNE of a comparison look at ZF, too.
+
+    Amid the iterations RF is set: an interrupt or trap there pushes it (SDM vol. 3, 18.3.1.1).
+    """
     size = element_size(insn)
     if not insn.rep:
         once(cpu, insn, size)
@@ -57,9 +60,11 @@ def repeat(cpu: Processor, insn: Instruction, once: Iteration, *, compares: bool
             return
         once(cpu, insn, size)
         put(cpu, RCX, width, count - 1)
-        cpu.checkpoint()
         if count == 1 or (compares and cpu.rflags & ZF != wanted):
+            cpu.rflags &= ~RF
             return
+        cpu.rflags |= RF
+        cpu.checkpoint()
         if cpu.exits or cpu.rflags & TF or cpu.debug_hits:
             break
     cpu.next_rip = cpu.rip

@@ -179,7 +179,6 @@ def _load_registers(cpu: Processor, layout: _Layout, values: list[int], nested: 
     cpu.rflags = rflags | Rflags.FIXED | (_NT if nested else 0)
     cpu.update_mode()
     cpu.next_rip = rip
-    cpu.next_rf = rflags & Rflags.RF
     return selectors
 
 
