@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-MMX_ANDSSE: Final = """
+MMX_AND_SSE: Final = """
     60-6b d1-d5 d8-df e0-e5 e8-ef f1-f6 f8-fe 74-76
 """
 """Opcodes in map 0F that work on MMX registers, and with 66 on XMM registers."""
