@@ -25,7 +25,7 @@ IOCTLS = 2000
 SEED = 1
 
 
-class Stopped(Exception):  # noqa: N818 - ends the loop, as GuestFinished ends a guest's run
+class Stopped(Exception):
     """The guest reached STOP_PORT."""
 
 
