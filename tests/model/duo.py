@@ -23,6 +23,8 @@ HANDLERS = 0x4000
 """The handler of vector v, a HLT, is at HANDLERS + 16 * v."""
 READ_ONLY_PAGE, ABSENT_PAGE = 0x1E000, 0x1B000
 """To the page tables of long mode."""
+# mov [rdi], rcx ; add rdi, 8 ; dec rcx ; jnz ; hlt
+STORES = bytes.fromhex("48890f 4883c708 48ffc9 75f4 f4")
 PML4, PDPT, PD, PT = 0x5000, 0x6000, 0x7000, 0x18000
 
 

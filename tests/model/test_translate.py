@@ -10,16 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pykvm.errors import UnsupportedInstruction
-from pykvm.machine.exits import Halted, InternalError, IoOut, MmioRead, MmioWrite, Shutdown
-from tests.model.duo import ABSENT_PAGE, CODE, DATA, PAGE, PT, READ_ONLY_PAGE, SIZE, STACK, Duo, Machine
+from pykvm.machine.exits import Halted, IoOut, MmioRead, MmioWrite, Shutdown
+from tests.model.duo import ABSENT_PAGE, CODE, DATA, PAGE, PT, READ_ONLY_PAGE, SIZE, STACK, STORES, Duo
 from tests.model.programs import Program
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 BITS = (64, 32, 16)
 TF, IF = 0x100, 0x200
 
-# mov [rdi], rcx ; add rdi, 8 ; dec rcx ; jnz ; hlt
-STORES = bytes.fromhex("48890f 4883c708 48ffc9 75f4 f4")
 # mov rax, [rsi] ; add rsi, 8 ; add rdx, rax ; dec rcx ; jnz ; hlt
 LOADS = bytes.fromhex("488b06 4883c608 4801c2 48ffc9 75f1 f4")
 
@@ -215,143 +213,6 @@ def test_port_writes_between_translated_code() -> None:
     exits = duo.run(1000)
     assert sum(isinstance(exit, IoOut) for exit in exits) == 60
     assert duo.translated > 100
-
-
-# --- string instructions -------------------------------------------------------------------------------
-
-
-def string_loop(random: Random, opcode: int) -> bytes:
-    """Twenty or so times a string instruction with the same registers."""
-    places = [
-        DATA,
-        DATA + 8,
-        DATA + 0xFF0,
-        DATA + 0xFF1,
-        DATA + 0x3000,
-        ABSENT_PAGE - 0x808,
-        SIZE - 0x200,
-        CODE,
-    ]
-    body = b"".join(
-        bytes([0xB8 | register]) + value.to_bytes(4, "little")
-        for register, value in (
-            (RDI, random.choice(places)),
-            (RSI, random.choice(places)),
-            (RCX, random.choice([0, 1, 2, 100, 100, 511, 513, 1025])),
-        )
-    )
-    body += bytes([0xFD]) if random.random() < 0.1 else bytes([0xFC])
-    body += random.choice([b"\xf3", b"\xf3", b"\xf2", b""]) + random.choice([b"", b"\x66"]) + bytes([opcode])
-    body += bytes.fromhex("83c201 ffcd")  # add edx, 1 ; dec ebp
-    return body + bytes([0x75, -(len(body) + 2) & 0xFF, 0xF4])
-
-
-@pytest.mark.parametrize("bits", [64, 32])
-@pytest.mark.parametrize("opcode", [0xA4, 0xA5, 0xAA, 0xAB])
-@settings(max_examples=12, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 1 << 32))
-def test_string_instructions_agree(bits: int, opcode: int, seed: int) -> None:
-    random = Random(seed)
-    duo = Duo(bits, string_loop(random, opcode), {RAX: random.getrandbits(32), RBP: 24}, hot=1)
-    for machine in duo:
-        machine.put(DATA, Random(seed).randbytes(0x6000))
-    for _ in range(12):
-        exits = duo.run(random.choice([1, 3, 10, 20]))
-        if any(isinstance(exit, Halted | InternalError) for exit in exits):
-            break
-        if random.random() < 0.3:
-            assert duo.plain.ram.collect() == duo.fast.ram.collect()
-
-
-def test_a_copy_onto_itself_repeats_its_start() -> None:
-    # next: mov edi, DATA + 8 ; mov esi, DATA ; mov ecx, 200 ; mov [rsi], ebp ; rep movsb ; dec ebp
-    # jnz next ; hlt
-    code = bytes.fromhex("bf08000100 be00000100 b9c8000000 892e f3a4 ffcd 75e9 f4")
-    duo = Duo(64, code, {RBP: 10}, hot=1)
-    for machine in duo:
-        machine.put(DATA, b"12345678" + bytes(400))
-    duo.run(1000)
-    assert duo.fast.ram.bytes[DATA : DATA + 216] == b"\1\0\0\0005678" * 26 + bytes(8)
-
-
-def test_large_fills_and_copies_are_translated() -> None:
-    # next: mov rdi, r8 ; mov rsi, r9 ; mov ecx, 0x1000 ; rep movsb ; dec ebp ; jnz next ; hlt
-    code = bytes.fromhex("4c89c7 4c89ce b900100000 f3a4 ffcd 75ef f4")
-    duo = Duo(64, code, {RBP: 40, 8: DATA, 9: DATA + 0x2000})
-    for machine in duo:
-        machine.put(DATA + 0x2000, bytes(range(256)) * 16)
-    duo.run(5000)
-    assert duo.fast.ram.bytes[DATA : DATA + PAGE] == bytes(range(256)) * 16
-    assert duo.translated > duo.fast.cpu.instructions * 3 // 4
-
-
-class FullRing(Machine):
-    """Handing out a page for writing makes an exit due, as a dirty ring does when it gets full."""
-
-    def __init__(self, bits: int, *, translate: bool) -> None:
-        super().__init__(bits, translate=translate)
-        ram, cpu = self.ram, self.cpu
-        self.handed_out = handed_out = set[int]()
-        writable, write = ram.writable, ram.write
-
-        def log(gfn: int) -> None:
-            if gfn * PAGE < SIZE and gfn not in ram.watched and gfn not in handed_out:
-                handed_out.add(gfn)
-                cpu.exits.append(Shutdown())  # stands for DirtyRingFull
-
-        def logged_writable(gfn: int) -> memoryview | None:
-            log(gfn)
-            return writable(gfn)
-
-        def logged_write(gpa: int, data: bytes) -> list[MmioWrite]:
-            log(gpa // PAGE)
-            return write(gpa, data)
-
-        ram.writable, ram.write = logged_writable, logged_write  # type: ignore[method-assign]
-
-    def start(self) -> None:
-        self.cpu.rip, self.cpu.halted = CODE, False
-        self.cpu.regs[RCX], self.cpu.regs[RDI], self.cpu.regs[RSI] = 2000, DATA, DATA + 0x18
-
-    def reset(self) -> None:
-        """Log the next write to each page again."""
-        self.handed_out.clear()
-        self.ram.collect()
-
-
-def both_rings(code: bytes) -> tuple[FullRing, FullRing]:
-    plain, fast = FullRing(64, translate=False), FullRing(64, translate=True)
-    for machine in (plain, fast):
-        machine.put(CODE, code)
-        machine.start()
-    return plain, fast
-
-
-def test_an_exit_for_a_full_ring_comes_behind_the_store() -> None:
-    plain, fast = both_rings(STORES)
-    for number in range(9):
-        assert fast.cpu.run(9000) == plain.cpu.run(9000)
-        assert fast.seen() == plain.seen()
-        if number == 4:  # the pages are translated now, and their next writes are logged again
-            for machine in (plain, fast):
-                machine.reset()
-                machine.start()
-    assert fast.cpu.translated > 10_000
-
-
-@pytest.mark.parametrize("count", [0x500, 0x1FE], ids=["onwards", "one-behind-the-page"])
-def test_a_full_ring_stops_a_fill_within_a_page(count: int) -> None:
-    # next: mov rdi, rsi ; mov ecx, count ; rep stosq ; jmp next
-    plain, fast = both_rings(
-        bytes.fromhex("4889f7 b9") + count.to_bytes(4, "little") + bytes.fromhex("f348ab ebf3")
-    )
-    for number in range(24):
-        assert fast.cpu.run(70) == plain.cpu.run(70)
-        assert fast.seen() == plain.seen()
-        if number > 8 and number % 2:
-            for machine in (plain, fast):
-                machine.reset()
-    assert fast.cpu.translated > 100
 
 
 # --- dirty pages ------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pykvm.model.cpu.instruction import CS
 from pykvm.model.cpu.translator.emitter import Mode, SegmentKind
 from pykvm.model.cpu.translator.trace import Block, translate
 from pykvm.model.cpu.translator.views import Views
+from pykvm.x86.bits import Rflags
 
 if TYPE_CHECKING:
     from pykvm.model.cpu.processor import Processor
@@ -21,6 +22,7 @@ _BLOCKS_KEPT: Final = 1 << 13
 _RIPS_COUNTED: Final = 1 << 17
 _MODES_KEPT: Final = 1 << 10
 _TOP: Final = 0xFFFFFFFF
+_RF: Final = int(Rflags.RF)
 
 Key = tuple[int, int, int]
 """Number of the mode, RIP, frame."""
@@ -59,8 +61,12 @@ class Translator:
             block = ready.get(cpu.rip) or self._find(cpu.rip)
             if block is None or block.length > left:
                 break
+            resume = cpu.rflags & _RF
+            if resume:
+                cpu.rflags ^= _RF  # the first instruction clears it
             done = block.run(cpu, left, views)
             if not done:
+                cpu.rflags |= resume
                 break
             left -= done
             if views.exit_due:

@@ -84,6 +84,7 @@ class Emitter:
         """Whether the trace closes on itself."""
         self.eager = False
         """Whether a loop works out its flags on every turn, since somebody reads those of the turn before."""
+        self._writes_rflags = False
         self._lines: list[Line] = []
         self._states: list[State] = []
         self._exits: set[int] = set()
@@ -132,6 +133,11 @@ class Emitter:
         for flag in lazyflags.FLAGS:
             if source.defines & flag:
                 self.state[flag] = source
+
+    def change_rflags(self, text: str) -> None:
+        """A line that changes ``f`` itself: flags other than the status flags."""
+        self._writes_rflags = True
+        self.emit(text)
 
     def condition(self, name: str) -> str:
         self._note_reads(lazyflags.READS[name])
@@ -415,7 +421,7 @@ class Emitter:
             word = "if" if number == 0 else "elif"
             text.append(f"    {word} k <= {last}:")
             text += [f"        {line}" for line in code or ["pass"]]
-        if any(code for _, code in groups) or (self.loops and self.eager):
+        if any(code for _, code in groups) or (self.loops and self.eager) or self._writes_rflags:
             text.append("    cpu.rflags = f")
             return text
         return []

@@ -15,8 +15,10 @@ from pykvm.model.cpu.strings import ITERATIONS_PER_STEP, element_size
 from pykvm.model.cpu.translator.emitter import Emitter
 from pykvm.model.cpu.translator.templates import Template
 from pykvm.model.cpu.translator.views import Leave, Views
+from pykvm.x86.bits import Rflags
 
 _PAGE: Final = 0x1000
+_RF: Final = int(Rflags.RF)
 STRINGS: Final[dict[str, Template]] = {}
 
 
@@ -91,6 +93,8 @@ def _repeated(e: Emitter, insn: Instruction, call: str, registers: tuple[int, ..
         )
     count = e.set_register(RCX, natural, f"{count} - n{e.index}")
     e.emit(f"views.repeating = {count} > 0")
+    # Amid the iterations RF is set (SDM vol. 3, 18.3.1.1).
+    e.change_rflags(f"if {count}: f |= {_RF}")
     e.exit_to(f"{here} if {count} else {e.next_rip}", f"{count} or views.exit_due")
     return e.next_rip
 
