@@ -10,6 +10,7 @@ from typing import Final, Self
 
 from pykvm.crosscheck.scenario import CodeGuest, Scenario, TablePlan, WorkloadPlan
 from pykvm.crosscheck.steps import SlotPlan
+from pykvm.errors import ClosedError
 from pykvm.guest import catalog
 from pykvm.guest.boot import Arena, BootMode, SystemTables, boot_state
 from pykvm.guest.launch import PAGING
@@ -69,6 +70,12 @@ class Rig:
             slot_id=plan.slot,
             flags=plan.flags,
         )
+
+    def slot(self, number: int) -> Slot:
+        """The slot, dead or alive.  Raises ClosedError if the machine refused to create it."""
+        if number not in self.slots:
+            raise ClosedError(f"Slot {number} could not be created.")
+        return self.slots[number]
 
     def memory_number(self, memory: GuestMemory) -> int:
         """Which of ``memories`` it is."""

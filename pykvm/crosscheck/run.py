@@ -240,19 +240,19 @@ class _Run:
     # --- the log ---------------------------------------------------------------------------------
 
     def _do_logging(self, step: plan.Logging) -> None:
-        slot = self._rig.slots[step.slot]
+        slot = self._rig.slot(step.slot)
         flag = SlotFlags.LOG_DIRTY_PAGES
         slot.set_flags(slot.flags | flag if step.on else slot.flags & ~flag)
 
     def _do_collect(self, step: plan.Collect) -> None:
-        slot = self._rig.slots[step.slot]
+        slot = self._rig.slot(step.slot)
         self._dirty = DirtyPages({slot.id: self._rig.machine.get_dirty_log(slot)})
 
     def _do_clear(self, step: plan.Clear) -> None:
         words = -(-step.pages // _WORD_BITS)
         marks = b"\xff" * (8 * words) if step.marks is None else step.marks.ljust(8 * words, b"\0")
         bitmap: npt.NDArray[np.uint64] = np.frombuffer(marks, dtype=np.uint64, count=words)
-        self._rig.machine.clear_dirty_log(self._rig.slots[step.slot], step.first_page, step.pages, bitmap)
+        self._rig.machine.clear_dirty_log(self._rig.slot(step.slot), step.first_page, step.pages, bitmap)
 
     def _do_harvest(self, step: plan.Harvest) -> None:
         self._note(self._rig.machine.collect_rings())
@@ -267,13 +267,13 @@ class _Run:
         self._rig.add_slot(step.plan)
 
     def _do_move_slot(self, step: plan.MoveSlot) -> None:
-        self._rig.slots[step.slot].move(step.gpa)
+        self._rig.slot(step.slot).move(step.gpa)
 
     def _do_delete_slot(self, step: plan.DeleteSlot) -> None:
-        self._rig.slots[step.slot].delete()
+        self._rig.slot(step.slot).delete()
 
     def _do_reflag_slot(self, step: plan.ReflagSlot) -> None:
-        self._rig.slots[step.slot].set_flags(step.flags)
+        self._rig.slot(step.slot).set_flags(step.flags)
 
     def _do_statistics(self, step: plan.ReadStatistics) -> None:
         machine = self._rig.machine

@@ -37,7 +37,7 @@ KIND: Final = "scenario"
 """What the member ``kind`` of a saved scenario says."""
 TRACKERS: Final = ("none", "bitmap", "manual", "manual-initially-set", "ring")
 MAX_MEMORY: Final = 1 << 28
-"""Bytes that one memory of a scenario may have: its contents are looked at after every step."""
+"""Bytes that the memories of a scenario may have together: they are looked at after every step."""
 TABLE: Final = 0x27
 """Flags of an entry that points to a table: present, writable, user, accessed."""
 
@@ -251,6 +251,8 @@ def _check_code(guest: CodeGuest) -> None:
     for number, size in enumerate(guest.memories):
         if size % PAGE_SIZE or not size:
             raise UsageError(f"scenario.guest.memories[{number}] must be a positive multiple of 4096.")
+    if sum(guest.memories) > MAX_MEMORY:
+        raise UsageError(f"scenario.guest.memories must not exceed {MAX_MEMORY:#x} bytes together.")
     for number, plan in enumerate(guest.slots):
         _check_slot(plan, guest.memories, f"scenario.guest.slots[{number}]")
     for number, part in enumerate(guest.contents):

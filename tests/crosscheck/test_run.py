@@ -103,6 +103,8 @@ def host_steps() -> Iterator[tuple[str, Scenario]]:
         yield made("a slot moved", plan.Run(), plan.MoveSlot(1, 0x400000), plan.Run(), plan.Collect(1),
                    plan.MoveSlot(1, DATA), plan.Run(), plan.Collect(1))  # fmt: skip
         yield made("a slot moved onto another", plan.MoveSlot(1, 0), plan.MoveSlot(1, 0x12345), plan.Run())
+        yield made("a slot that is refused", plan.AddSlot(SlotPlan(7, DATA, 1, 0, PAGE_SIZE)),
+                   plan.Collect(7), plan.MoveSlot(7, 1 << 30), plan.DeleteSlot(7), plan.Run())  # fmt: skip
         yield made("flags changed", plan.ReflagSlot(1, SlotFlags.NONE), plan.Run(),
                    plan.ReflagSlot(1, SlotFlags.READONLY), plan.ReflagSlot(1, LOG), plan.Run(),
                    plan.Collect(1))  # fmt: skip

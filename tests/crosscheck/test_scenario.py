@@ -94,6 +94,7 @@ MALFORMED: dict[str, tuple[Callable[[Any], None], str]] = {
     "no memory": (put("guest", "memories", value=[]), "memories must have 1 to 16 items"),
     "odd memory": (put("guest", "memories", 1, value=100), r"memories\[1\] must be a positive multiple"),
     "too much memory": (put("guest", "memories", 1, value=1 << 40), r"memories\[1\] must be in 0 to"),
+    "too much memory in all": (put("guest", "memories", value=[1 << 28, 4096]), "must not exceed"),
     "a slot on no memory": (put("guest", "slots", 0, "memory", value=7), r"slots\[0\].memory must be below"),
     "a slot beyond": (put("guest", "slots", 0, "size", value=1 << 30), r"slots\[0\] reaches beyond memory 0"),
     "contents beyond": (put("guest", "contents", 0, "offset", value=1 << 30), r"contents\[0\] reaches"),
