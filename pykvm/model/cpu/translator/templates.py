@@ -114,7 +114,7 @@ def extend_into_rdx(e: Emitter, insn: Instruction) -> None:
     e.set_register(RDX, size, f"{MASK[size]} if {e.register(RAX, size)} & {SIGN[size]} else 0")
 
 
-@template("nop", "endbr64", "endbr32")
+@template("nop", "pause", "endbr64", "endbr32")
 def nop(e: Emitter, insn: Instruction) -> None:
     if insn.rep and insn.name == "nop":
         e.refuse()
