@@ -1,6 +1,6 @@
 .include "pykvm.inc"
 .include "selftest.inc"
-.equ LAST_STAGE, 18
+.equ LAST_STAGE, 20
 
 GUEST selftest, "tests a processor by itself from the reset vector, a POST code a stage", KIND_ROM
 
@@ -58,6 +58,7 @@ stages:
     .short conditions, arithmetic, multiply, shifts, bits, decimal, strings
     .short far_transfers, stack, nested_frames, interrupts, traps
     .short protected_mode, segment_loads, limits, selectors, far_code, rings
+    .short tasks, virtual_8086
     .if LAST_STAGE - (. - stages) / 2
     .error "LAST_STAGE is not the number of stages"
     .endif
@@ -67,6 +68,7 @@ stages:
 .include "selftest_real.inc"
 .include "selftest_protected.inc"
 .include "selftest_rings.inc"
+.include "selftest_tasks.inc"
 
     .org 0xfff0, 0xff
     .code16

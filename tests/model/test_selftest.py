@@ -43,6 +43,8 @@ UNKNOWN_TO_KVMS_EMULATOR = {
     "selectors": f"{_EMULATED} LAR, LSL, VERR, VERW, ARPL",
     "far_code": f"{_EMULATED} far jumps that fault in other ways than by the descriptor",
     "rings": f"{_EMULATED} call gates, INT and IRET in protected mode",
+    "tasks": f"{_EMULATED} far transfers to a TSS or task gate",
+    "virtual_8086": f"{_EMULATED} IRET in protected mode",
 }
 
 

@@ -186,7 +186,10 @@ def _load_registers(cpu: Processor, layout: _Layout, values: list[int], nested: 
 
 
 def _load_segments(cpu: Processor, selectors: dict[int, int], ldt: int, ext: int) -> None:
-    """Load and check what the TSS names (SDM vol. 3, table 7-1, steps 7 to 13)."""
+    """Load and check what the TSS names (SDM vol. 3, table 7-1, steps 7 to 13).
+
+    Those before the one that faults stay: the handler runs on the new task's stack.
+    """
     _load_ldt(cpu, ldt, ext)
     if cpu.vm86:
         for number, selector in selectors.items():
@@ -196,6 +199,7 @@ def _load_segments(cpu: Processor, selectors: dict[int, int], ldt: int, ext: int
     cpu.set_segment(SS, _stack(cpu, selectors[SS], cpl, ext))
     cpu.set_segment(CS, _code(cpu, selectors[CS], cpl, ext))
     for number in (DS, ES, FS, GS):
+        cpu.checkpoint()
         cpu.set_segment(number, _data(cpu, selectors[number], cpl, ext))
 
 
