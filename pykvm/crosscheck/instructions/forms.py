@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from pykvm.crosscheck.instructions import forms_sse
+from pykvm.crosscheck.instructions import forms_float, forms_sse
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,6 +367,16 @@ def _spans(prefixes: tuple[str, ...], escape: str, spans: str) -> list[Form]:
     return _parse("\n".join(rows))
 
 
+def _all_four(text: str) -> list[Form]:
+    rows = []
+    for line in text.split("\n"):
+        if line.strip():
+            opcode, name = line.split()
+            for prefix, suffix in (("", "ps"), ("66:", "pd"), ("f3:", "ss"), ("f2:", "sd")):
+                rows.append(f"{name}{suffix} {prefix}0f{opcode} /r sse")
+    return _parse("\n".join(rows))
+
+
 FORMS: Final = tuple(
     _parse(_ALU)
     + _parse(_SHIFTS)
@@ -377,5 +387,8 @@ FORMS: Final = tuple(
     + _spans(("", "66"), "0f", forms_sse.MMX_AND_SSE)
     + _spans(("", "66"), "0f38", forms_sse.SSSE3)
     + _spans(("66",), "0f38", forms_sse.SSE41)
+    + _parse(forms_float.SSE)
+    + _all_four(forms_float.ALL_FOUR)
+    + _parse(forms_float.X87)
 )
 """Every form that the generator knows."""

@@ -111,13 +111,14 @@ class _Draft:
         registers.rflags = values.flags(random)
         if self.cpl == 0:
             registers.rflags &= ~(1 << 18)
+        floating = values.floating(random, self.mode, x87="x87" in form.words) if form.floating else None
         case = InstructionCase(
             self.mode,
             self.cpl,
             code,
             registers,
             self.memory,
-            values.floating(random, self.mode) if form.floating else None,
+            floating,
             self.fs_base,
             self.gs_base,
         )
@@ -179,7 +180,7 @@ class _Draft:
     def _prepare_operands(self) -> None:
         random, form, encoder = self.random, self.form, self.encoder
         target = encoder.target
-        data = values.octets(random, 40)
+        data = (values.float_octets if form.floating else values.octets)(random, 40)
         size = 1 if "byte" in form.words else encoder.operand_size
         words = b""
         if form.name in _BRANCHES and (form.modrm or "ptr" in form.words):

@@ -9,6 +9,7 @@ from typing import Final
 
 from pykvm.crosscheck.instructions.case import InstructionCase, Outcome
 from pykvm.crosscheck.instructions.rule import Opcode, known, opcodes
+from pykvm.x86.bits import Rflags
 from pykvm.x86.exceptions import Vector
 
 _SELECTORS: Final = opcodes("8c 8e 9a ca cb cf ea ff 0f00 0f02 0f03 0fa0 0fa1 0fa8 0fa9 0fb2 0fb4 0fb5")
@@ -262,13 +263,14 @@ def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> 
 
 
 @known(
-    "KVM's emulator stores SLDT and STR by operand size",
+    "KVM's emulator stores selectors by operand size",
     "kvm",
-    "a memory operand takes 16 bits whatever the operand size (SDM vol. 2, SLDT, STR, SMSW)",
+    "in memory MOV from Sreg, SLDT, STR and SMSW write 16 bits whatever the operand size (SDM vol. 2)",
 )
 def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
     stores = (b"\x0f\x00", 0), (b"\x0f\x00", 1), (b"\x0f\x01", 4)
-    return (opcode.code, opcode.extension) in stores and model.vector == other.vector
+    selects = opcode.code == b"\x8c" or (opcode.code, opcode.extension) in stores
+    return selects and model.vector == other.vector
 
 
 @known(
@@ -372,3 +374,13 @@ def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> 
 def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
     fx = opcode.code == b"\x0f\xae" and opcode.extension in {0, 1}
     return case.mode == 64 and fx and 0x67 in opcode.prefixes
+
+
+@known(
+    "KVM's emulator clears the upper half after BSF and BSR of 0",
+    "kvm",
+    "the destination stays as it is on AMD's processors (APM vol. 3, BSF), all 64 bits of it (host)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    scans = opcode.code in {b"\x0f\xbc", b"\x0f\xbd"} and model.vector is other.vector is None
+    return case.mode == 64 and scans and bool(model.registers.rflags & Rflags.ZF)

@@ -76,14 +76,14 @@ def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> 
 
 
 @known(
-    "which byte of FXSAVE faults",
+    "which byte of a saved state faults",
     "any",
-    "AMD's processors try the last byte first, and check AC before the alignment of 16 bytes (host)",
+    "FXSAVE, FNSAVE, FNSTENV and their kin: AMD's processors try the last byte first, and check AC before "
+    "the alignment of 16 bytes (host)",
 )
 def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
-    return (
-        opcode.code == b"\x0f\xae" and opcode.extension in {0, 1} and None not in {model.vector, other.vector}
-    )
+    states = (b"\x0f\xae", 0), (b"\x0f\xae", 1), (b"\xd9", 4), (b"\xd9", 6), (b"\xdd", 4), (b"\xdd", 6)
+    return (opcode.code, opcode.extension) in states and None not in {model.vector, other.vector}
 
 
 @known(

@@ -33,7 +33,9 @@ def _candidates(case: InstructionCase) -> Iterator[InstructionCase]:
     for at in range(len(prefixes)):
         yield replace(case, code=prefixes[:at] + prefixes[at + 1 :] + body)
     if case.floating is not None:
-        yield replace(case, floating=None)
+        # Never without: the state that the case before left would take part.
+        if case.floating != FloatingPoint():
+            yield replace(case, floating=FloatingPoint())
         yield from _floating(case, case.floating)
     for address in case.memory:
         yield replace(case, memory={at: data for at, data in case.memory.items() if at != address})

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import struct
 from random import Random
 from typing import Final
 
-from pykvm.crosscheck.instructions.case import FLAT, REAL
+from pykvm.crosscheck.instructions.case import FLAT
 from pykvm.x86.bits import Rflags
 from pykvm.x86.fpu import FloatingPoint
 
@@ -91,29 +92,102 @@ def flags(random: Random) -> int:
     return value
 
 
-def floating(random: Random, mode: int) -> FloatingPoint:
-    """XMM and MMX registers with such values; nothing unmasked and nothing pending."""
+_FLOATS: Final = (
+    [struct.pack("<f", value) for value in (0.0, -0.0, 1.0, -1.0, 1.5, 0.1, 3e38, 1e-38, 2**31, 2**63, 0.5)]
+    + [number.to_bytes(4, "little") for number in (0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001)]
+    + [number.to_bytes(4, "little") for number in (0x00000001, 0x807FFFFF, 0x00800000, 0x7F7FFFFF)]
+)
+_DOUBLES: Final = (
+    [struct.pack("<d", value) for value in (0.0, -0.0, 1.0, -1.0, 1.5, 0.1, 1e308, 1e-308, 2**31, 2**63, 2.5)]
+    + [number.to_bytes(8, "little") for number in (0x7FF << 52, 0xFFF << 52, 0x7FF8 << 48, (0x7FF << 52) + 1)]
+    + [number.to_bytes(8, "little") for number in (1, 1 << 63 | 1, 1 << 52, 0x7FEFFFFFFFFFFFFF)]
+)
+"""Zeros, ones, limits, infinities, quiet and signalling NaNs, denormals, by the sizes that SSE has."""
+_EXTENDED_EXPONENTS: Final = (
+    0,
+    1,
+    0x3FFE,
+    0x3FFF,
+    0x4000,
+    0x401E,
+    0x403E,
+    0x7FFE,
+    0x7FFF,
+    0x8000,
+    0xBFFF,
+    0xFFFF,
+)
+_SIGNIFICANDS: Final = (0, 1, 1 << 63, 3 << 62, (1 << 64) - 1, (1 << 63) + 1, 1 << 62, (1 << 63) - 1)
+
+
+def floating(random: Random, mode: int, *, x87: bool) -> FloatingPoint:
+    """Registers with such values, any rounding, seldom an unmasked exception; nothing is pending.
+
+    Without ``x87`` the stack holds what MMX leaves there.
+    """
     count = 16 if mode == 64 else 8
     xmm = tuple(_vector(random) for _ in range(count)) + (bytes(16),) * (16 - count)
+    unmasked = random.random() < 0.04
     return FloatingPoint(
-        fpr=tuple(
-            octets(random, 8) + random.choice((b"\xff\xff", b"\0\0", b"\xff\x3f")) + bytes(6)
-            for _ in range(8)
-        ),
-        fsw=random.randrange(8) << 11,
-        ftwx=random.choice((0, 0xFF, random.getrandbits(8))),
+        fpr=tuple(_extended(random) if x87 else _mmx(random) for _ in range(8)),
+        fcw=_control_word(random, unmasked=unmasked) if x87 else 0x37F,
+        fsw=random.randrange(8) << 11 | (random.getrandbits(4) << 8 & 0x4700 if x87 else 0),
+        ftwx=random.choice((0, 0xFF, 0xFF, random.getrandbits(8))),
         xmm=xmm,
-        mxcsr=0x1F80 | random.choice((0, 0, random.getrandbits(6))),
+        mxcsr=_mxcsr(random, unmasked=unmasked),
     )
+
+
+def _mxcsr(random: Random, *, unmasked: bool) -> int:
+    """MXCSR (SDM vol. 1, 10.2.3)."""
+    if random.random() < 0.3:
+        return 0x1F80
+    value = random.getrandbits(16) & 0xE040 | 0x1F80
+    if unmasked:
+        return value & ~(random.getrandbits(6) << 7)
+    return value | random.choice((0, random.getrandbits(6)))
+
+
+def _control_word(random: Random, *, unmasked: bool) -> int:
+    """The x87 control word with any rounding and a precision that exists (SDM vol. 1, 8.1.5)."""
+    masks = random.getrandbits(6) if unmasked else 0x3F
+    return 0x40 | masks | random.choice((0, 2, 3, 3, 3)) << 8 | random.randrange(4) << 10
+
+
+def _mmx(random: Random) -> bytes:
+    return octets(random, 8) + random.choice((b"\xff\xff", b"\0\0", b"\xff\x3f")) + bytes(6)
+
+
+def _extended(random: Random) -> bytes:
+    """An 80-bit number in 16 bytes: often an edge, sometimes an encoding that is no number."""
+    kind = random.random()
+    significand = random.choice(_SIGNIFICANDS) if kind < 0.5 else random.getrandbits(64) | 1 << 63
+    exponent = random.choice(_EXTENDED_EXPONENTS) if kind < 0.7 else random.randrange(0x3FC0, 0x4040)
+    if random.random() < 0.5:
+        exponent ^= 0x8000
+    return significand.to_bytes(8, "little") + exponent.to_bytes(2, "little") + bytes(6)
+
+
+def float_octets(random: Random, length: int) -> bytes:
+    """Memory that holds floating-point numbers of any size."""
+    kind = random.random()
+    if kind < 0.3:
+        return b"".join(random.choice(_FLOATS) for _ in range(-(-length // 4)))[:length]
+    if kind < 0.6:
+        return b"".join(random.choice(_DOUBLES) for _ in range(-(-length // 8)))[:length]
+    if kind < 0.8:
+        return b"".join(_extended(random)[:10] for _ in range(-(-length // 10)))[:length]
+    return octets(random, length)
 
 
 def _vector(random: Random) -> bytes:
     kind = random.random()
-    if kind < 0.25:
+    if kind < 0.15:
         return bytes([random.choice((0, 1, 0x7F, 0x80, 0xFF))]) * 16
-    if kind < 0.6:
+    if kind < 0.3:
         return bytes(random.choice((0, 1, 0x7F, 0x80, 0x81, 0xFE, 0xFF, 0x0F, 0x41, 0x5A)) for _ in range(16))
+    if kind < 0.5:
+        return b"".join(random.choice(_FLOATS) for _ in range(4))
+    if kind < 0.7:
+        return random.choice(_DOUBLES) + random.choice(_DOUBLES)
     return octets(random, 16)
-
-
-STACK_BASE: Final = REAL.stack
