@@ -27,8 +27,9 @@ _MMIO_BYTES: Final = 8
 _TLB_PAGES: Final = 1 << 16
 _AC: Final = int(Rflags.AC)
 
-_ALIGNED: Final = frozenset({2, 4, 8, 16})
-"""Sizes of operands that RFLAGS.AC wants aligned (SDM vol. 3, table 6-7; 16 bytes: host)."""
+_MISALIGNED: Final = {2: 1, 4: 3, 8: 7, 10: 7, 14: 1, 16: 15, 28: 3, 94: 1, 108: 3}
+"""The address bits that must be 0 under RFLAGS.AC, by the size of the operand: integers, 80-bit numbers, SSE
+operands, and the x87 environment and state of 16- and 32-bit code (SDM vol. 3, table 6-7; host)."""
 
 Tlb = dict[int, int]
 """From linear page number to guest-physical page address."""
@@ -87,7 +88,7 @@ class MemoryAccess(State):
             if not (writable if write else readable) or offset < first or offset + size - 1 > last:
                 raise Fault.ss() if segment == SS else Fault.gp()
             address = base + offset & 0xFFFFFFFF
-        if self.checks_alignment and size in _ALIGNED and address & size - 1:
+        if self.checks_alignment and address & _MISALIGNED.get(size, 0):
             raise Fault(Vector.AC, 0)
         return address
 
@@ -302,8 +303,11 @@ class MemoryAccess(State):
         return frame in self._tables
 
     def flush_writable(self) -> None:
-        """The dirty log was cleared, or slots changed: ask the bus again before each write."""
-        for cache in self._translations.values():
+        """The dirty log was cleared, or slots changed: ask the bus again before each write.
+
+        Another vCPU's thread may call it while this processor's sets registers.
+        """
+        for cache in list(self._translations.values()):
             if cache.views is not None:
                 cache.views.clear()
 

@@ -237,7 +237,9 @@ def _overflow(negative: bool, form: Format, environment: Environment) -> Result:
     if not away:
         bits = infinity(form, negative) - 1
         if form.stores_integer:
-            bits = ((1 << form.exponent_bits) - 2 << form.fraction_bits) | (1 << form.precision) - 1
+            precision = environment.precision or form.precision
+            largest = (1 << precision) - 1 << form.precision - precision
+            bits = ((1 << form.exponent_bits) - 2 << form.fraction_bits) | largest
             bits |= zero(form, negative)
     return Result(bits, Flag.OVERFLOW | Flag.PRECISION, away)
 
