@@ -65,7 +65,8 @@ class Schedule:
             self._expected.add(number)
 
     def begin(self, number: int, stop: Callable[[], bool]) -> int:
-        """Wait for the vCPU's turn: how many instructions it may execute, 0 if ``stop`` came first."""
+        """Wait for the vCPU's turn: how many instructions it may execute, 0 if ``stop`` came first: then
+        nobody waits for it any more."""
         with self._changed:
             if number not in self._inside:
                 self._inside.add(number)
@@ -86,6 +87,8 @@ class Schedule:
                     - time.monotonic()
                 )
                 self._changed.wait(left if left > 0 else None)
+            self._inside.discard(number)
+            self._changed.notify_all()
             return 0
 
     def end(self, number: int, executed: int, limit: int) -> None:

@@ -65,6 +65,8 @@ class Processor(MemoryAccess):
         """Vector of an interrupt that was accepted already: delivered next, whatever RFLAGS.IF says."""
         self.single_step = False
         """A #DB trap follows this instruction; those that load or clear TF say otherwise."""
+        self.repetitions = 0
+        """How many iterations string instructions did since ``run`` asked."""
         self._saved = self._snapshot()
         self._fetched: dict[int, tuple[int, memoryview, Instruction]] = {}
         """By RIP: epoch, the bytes in memory, and what they were when they were decoded."""
@@ -73,7 +75,10 @@ class Processor(MemoryAccess):
     # --- instructions ------------------------------------------------------------------------------------
 
     def run(self, limit: int) -> Exit | None:
-        """Execute until an exit, or None after at most ``limit`` instructions."""
+        """Execute until an exit, or None after at most ``limit`` instructions.
+
+        Repetitions of string instructions count, too, so that a host waits only so long.
+        """
         self.epoch += 1  # the host may have written to memory since
         translator = self._translator
         while not self.exits:
@@ -90,6 +95,9 @@ class Processor(MemoryAccess):
                 self.step()
             except NeedInput as question:
                 return question.exit
+            if self.repetitions:
+                limit -= self.repetitions
+                self.repetitions = 0
         return self.exits.pop(0)
 
     def step(self) -> None:

@@ -60,6 +60,7 @@ def repeat(cpu: Processor, insn: Instruction, once: Iteration, *, compares: bool
             return
         once(cpu, insn, size)
         put(cpu, RCX, width, count - 1)
+        cpu.repetitions += 1
         if count == 1 or (compares and cpu.rflags & ZF != wanted):
             cpu.rflags &= ~RF
             return
