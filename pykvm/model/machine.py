@@ -52,8 +52,8 @@ class ModelMachine(MachineClock, MachineMemory):
         super().__init__(Schedule(seed))
         self.translate = translate
         """Whether the processors translate hot code."""
-        self.watched: set[int] = set()
-        """Frames whose changes by the guest the processors want to know."""
+        self.watched: dict[int, tuple[int, ...]] = {}
+        """Frames whose changes by the guest the processors want to know, and all that are the same memory."""
         self._vcpus: list[ModelVcpu] = []
         self._supported_cpuid = tuple(supported_cpuid)
         self._manual = False
@@ -105,14 +105,17 @@ class ModelMachine(MachineClock, MachineMemory):
             vcpu.forget_memory()
 
     def watch(self, gfn: int) -> None:
-        """Tell all processors when the guest writes to the frame; they must ask before they do."""
-        self.watched.add(gfn)
+        """Tell all processors when the guest writes to the frame's memory, wherever slots show it; they must
+        ask before they do."""
+        same = self.aliases(gfn)
+        self.watched |= dict.fromkeys(same, same)
         self._protect()
 
     def watched_frame_changed(self, gfn: int) -> None:
         """A vCPU wrote to a watched frame."""
-        for vcpu in self._vcpus:
-            vcpu.cpu.watched_frame_changed(gfn)
+        for same in self.watched[gfn]:
+            for vcpu in self._vcpus:
+                vcpu.cpu.watched_frame_changed(same)
 
     def _protect(self) -> None:
         """The next write to any page must be seen."""

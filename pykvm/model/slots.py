@@ -166,6 +166,18 @@ class MachineMemory:
         frame = self._frames[gfn] = Frame(slot.bytes[start : start + PAGE_SIZE], slot, index)
         return frame
 
+    def aliases(self, gfn: int) -> tuple[int, ...]:
+        """The frames with the same memory as this one, itself included: slots may share memory."""
+        frame = self.frame(gfn)
+        if frame is None:
+            return (gfn,)
+        memory, offset = frame.slot.memory, frame.slot.memory_offset + frame.number * PAGE_SIZE
+        return tuple(
+            slot.frames.base_gfn + (offset - slot.memory_offset) // PAGE_SIZE
+            for slot in self._sorted
+            if slot.memory is memory and slot.memory_offset <= offset < slot.memory_offset + slot.size
+        )
+
     def _index(self) -> None:
         self._sorted = sorted(self._slots.values(), key=lambda slot: slot.frames.base_gfn)
         self._bases = [slot.frames.base_gfn for slot in self._sorted]

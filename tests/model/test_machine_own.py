@@ -18,6 +18,7 @@ from pykvm.machine import (
     DirtyRingFull,
     Halted,
     IoOut,
+    Kicked,
     Machine,
     MmioWrite,
     Registers,
@@ -290,3 +291,58 @@ def test_a_machine_can_be_closed_after_ctrl_c() -> None:
             assert machine.get_clock().clock > 0
             with machine.schedule.visit():
                 assert not vcpu.running
+
+
+# --- what slots share, and what waits for what --------------------------------------------------------
+
+
+@pytest.mark.parametrize("translate", [False, True])
+def test_code_changed_through_another_slot_of_its_memory(translate: bool) -> None:
+    # mov ax, 0x1000 ; mov es, ax ; again: mov cx, 200 ; turn: inc bx ; loop turn
+    # mov byte [es:turn], dec bx ; inc dx ; cmp dx, 1 ; jbe again ; hlt
+    code = bytes.fromhex("b80010 8ec0 b9c800 43 e2fd 26c60608114b 42 83fa01 76ee f4")
+    with (
+        ModelSystem(translate=translate) as system,
+        system.create_machine() as machine,
+        GuestMemory(1 << 16) as memory,
+    ):
+        machine.create_slot(memory, 0)
+        machine.create_slot(memory, 0x10000)
+        vcpu = real_mode(machine, memory, code)
+        assert vcpu.run() == Halted()
+        registers = vcpu.get_registers()
+        assert (registers.rbx, registers.rdx) == (0, 2)  # 200 up, 200 down
+
+
+@pytest.mark.timeout(20)
+def test_a_kick_between_answer_and_run_does_not_wait_for_itself() -> None:
+    with ModelSystem() as system, system.create_machine() as machine, GuestMemory(MIB) as memory:
+        slot = machine.create_slot(memory, 0, flags=LOG)
+        vcpu = real_mode(machine, memory, bytes.fromhex("e460 e661"))  # in al, 0x60 ; out 0x61, al
+        vcpu.run()
+        vcpu.reply(b"\x05")
+        machine.get_dirty_log(slot)
+        vcpu.kick()
+        assert vcpu.run() == Kicked()
+        assert vcpu.get_registers().rax == 5
+        assert vcpu.run() == IoOut(0x61, 1, b"\x05")
+
+
+@pytest.mark.timeout(60)
+def test_repetitions_keep_a_collection_waiting_a_moment_only() -> None:
+    """After fast code, which makes slices long: rep cmpsb backwards, a thousand iterations an instruction."""
+    # mov bx, 20 ; mov cx, 0 ; inc ax ; loop ; dec bx ; jnz ; std ; mov cx, 0xffff ; rep cmpsb ; jmp
+    code = bytes.fromhex("bb1400 b90000 40 e2fd 4b 75f7 fd b9ffff f3a6 ebf9")
+    with ModelSystem() as system, system.create_machine() as machine, GuestMemory(MIB) as memory:
+        slot = machine.create_slot(memory, 0, flags=LOG)
+        vcpu = real_mode(machine, memory, code)
+        thread = threading.Thread(target=vcpu.run)
+        thread.start()
+        while vcpu.cpu.instructions < 20 << 17:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        begin = time.monotonic()
+        machine.get_dirty_log(slot)
+        vcpu.kick()
+        thread.join()
+        assert time.monotonic() - begin < 2
