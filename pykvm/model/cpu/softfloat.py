@@ -113,6 +113,8 @@ def decode(bits: int, form: Format, *, daz: bool = False) -> Number:
     if exponent == 0:
         if field == 0 or daz:
             return Number(Kind.ZERO, negative, 0, 0, bits & form.sign)
+        if form.stores_integer and field & integer:
+            bits |= 1 << form.fraction_bits  # a pseudo-denormal is the normal number of exponent 1
         return Number(Kind.FINITE, negative, field, 2 - form.bias - form.precision, bits, denormal=True)
     if form.stores_integer and not field & integer:
         return Number(Kind.UNSUPPORTED, negative, 0, 0, bits)
