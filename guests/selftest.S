@@ -1,6 +1,6 @@
 .include "pykvm.inc"
 .include "selftest.inc"
-.equ LAST_STAGE, 20
+.equ LAST_STAGE, 26
 
 GUEST selftest, "tests a processor by itself from the reset vector, a POST code a stage", KIND_ROM
 
@@ -58,7 +58,8 @@ stages:
     .short conditions, arithmetic, multiply, shifts, bits, decimal, strings
     .short far_transfers, stack, nested_frames, interrupts, traps
     .short protected_mode, segment_loads, limits, selectors, far_code, rings
-    .short tasks, virtual_8086
+    .short tasks, virtual_8086, paging, large_pages, physical_address_extension
+    .short long_mode, long_gates, fast_calls
     .if LAST_STAGE - (. - stages) / 2
     .error "LAST_STAGE is not the number of stages"
     .endif
@@ -69,6 +70,9 @@ stages:
 .include "selftest_protected.inc"
 .include "selftest_rings.inc"
 .include "selftest_tasks.inc"
+.include "selftest_paging.inc"
+.include "selftest_long.inc"
+.include "selftest_fast.inc"
 
     .org 0xfff0, 0xff
     .code16
