@@ -238,6 +238,15 @@ def test_a_dead_child_is_replaced() -> None:
             os.kill(first, 0)
 
 
+def test_a_child_that_is_out_of_time_is_replaced() -> None:
+    """RLIMIT_CPU sends SIGXCPU: what any signal that is no outcome of an instruction does."""
+    with HostCpu(64) as cpu:
+        first = cpu.pid
+        os.kill(first, signal.SIGXCPU)
+        assert run(cpu, "48ffc0", rax=1).registers.rax == 2
+        assert cpu.pid != first
+
+
 def test_nothing_is_left_behind() -> None:
     def descriptors() -> int:
         return len(os.listdir("/proc/self/fd"))
