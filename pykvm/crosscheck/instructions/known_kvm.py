@@ -16,6 +16,8 @@ _SELECTORS: Final = opcodes("8c 8e 9a ca cb cf ea ff 0f00 0f02 0f03 0fa0 0fa1 0f
 _LACKED: Final = opcodes("27 37 3f 62 63 9b c8 cc cd ce c4 c5 0f02 0f03 0fb8 0f77 0ff0 0f0d")
 _LACKED_MAPS: Final = (b"\x0f\x38", b"\x0f\x3a")
 _LONGEST_OPERAND: Final = 64
+_MOST_PUSHED: Final = 64
+"""Bytes of the stack that an instruction with its exception uses."""
 
 
 def _emulated(case: InstructionCase) -> bool:
@@ -279,7 +281,8 @@ def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> 
     "a push that crosses offset FFFFH is #SS, and in delivery a shutdown (SDM vol. 3, 22.6)",
 )
 def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
-    return case.mode == 16 and model.failure == "shutdown"
+    sp = case.registers.rsp & 0xFFFF
+    return case.mode == 16 and model.failure == "shutdown" and sp & 1 == 1 and sp < _MOST_PUSHED
 
 
 @known(
