@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pykvm.machine.exits import Exit, Halted, InternalError, MmioWrite, Shutdown
-from tests.model.duo import ABSENT_PAGE, CODE, DATA, PAGE, SIZE, STORES, Duo, Machine
+from pykvm.model.cpu.instruction import CS
+from tests.model.duo import ABSENT_PAGE, CODE, DATA, HANDLERS, PAGE, SIZE, STORES, Duo, Machine
 
 RAX, RCX, RBP, RSI, RDI = 0, 1, 5, 6, 7
 
@@ -98,6 +100,19 @@ def test_an_interrupt_amid_a_translated_fill_finds_rf() -> None:
     before = duo.fast.cpu.translated
     duo.run(100)
     assert duo.fast.cpu.translated > before + 90  # RF keeps nothing from being translated
+
+
+def test_a_copy_from_a_segment_that_is_not_readable() -> None:
+    """cs rep movsb with CS made execute-only when the loop is hot."""
+    # mov ecx, 1 ; cs rep movsb ; jmp back
+    duo = Duo(32, bytes.fromhex("b901000000 2ef3a4 ebf6"), {RSI: DATA, RDI: DATA + 2 * PAGE})
+    duo.run(200)
+    for machine in duo:
+        cpu = machine.cpu
+        cpu.set_segment(CS, replace(cpu.segments[CS], type=9))
+    exits = duo.run(200)
+    assert isinstance(exits[-1], Halted)
+    assert duo.plain.cpu.rip == HANDLERS + 16 * 13 + 1
 
 
 class FullRing(Machine):

@@ -10,7 +10,6 @@ from pykvm.model.cpu.instruction import CS
 from pykvm.model.cpu.translator.emitter import Mode, SegmentKind
 from pykvm.model.cpu.translator.trace import Block, translate
 from pykvm.model.cpu.translator.views import Views
-from pykvm.x86.bits import Rflags
 
 if TYPE_CHECKING:
     from pykvm.model.cpu.processor import Processor
@@ -22,7 +21,6 @@ _BLOCKS_KEPT: Final = 1 << 13
 _RIPS_COUNTED: Final = 1 << 17
 _MODES_KEPT: Final = 1 << 10
 _TOP: Final = 0xFFFFFFFF
-_RF: Final = int(Rflags.RF)
 
 Key = tuple[int, int, int]
 """Number of the mode, RIP, frame."""
@@ -56,14 +54,13 @@ class Translator:
         if cpu.epoch != self._epoch:
             self._renew()
         ready, views, left = self._ready, self._views, limit
-        views.repeating = False
         while True:
             block = ready.get(cpu.rip) or self._find(cpu.rip)
             if block is None or block.length > left:
                 break
-            resume = cpu.rflags & _RF
+            resume = cpu.rflags & RF
             if resume:
-                cpu.rflags ^= _RF  # the first instruction clears it
+                cpu.rflags ^= RF  # the first instruction clears it
             done = block.run(cpu, left, views)
             if not done:
                 cpu.rflags |= resume
@@ -72,8 +69,6 @@ class Translator:
             if views.exit_due:
                 break
         done = limit - left
-        if done:
-            cpu.rflags = cpu.rflags & ~RF | (RF if views.repeating else 0)
         cpu.instructions += done
         cpu.translated += done
         return done

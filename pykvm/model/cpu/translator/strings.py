@@ -9,16 +9,14 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Final
 
-from pykvm.model.cpu.flags import DF, MASK
+from pykvm.model.cpu.flags import DF, MASK, RF
 from pykvm.model.cpu.instruction import DS, ES, RAX, RCX, RDI, RSI, Instruction
 from pykvm.model.cpu.strings import ITERATIONS_PER_STEP, element_size
 from pykvm.model.cpu.translator.emitter import Emitter
 from pykvm.model.cpu.translator.templates import Template
 from pykvm.model.cpu.translator.views import Leave, Views
-from pykvm.x86.bits import Rflags
 
 _PAGE: Final = 0x1000
-_RF: Final = int(Rflags.RF)
 STRINGS: Final[dict[str, Template]] = {}
 
 
@@ -74,12 +72,12 @@ def _writable_end(views: Views, start: int, size: int, end: int) -> int:
 def _repeated(e: Emitter, insn: Instruction, call: str, registers: tuple[int, ...]) -> int:
     """``call`` performs ``n`` iterations at most and is given how many."""
     natural = 8 if e.mode.bits == 64 else 4
-    segments = {ES} | ({insn.segment_or(DS)} if RSI in registers else set())
+    source, target = e.mode.segments[insn.segment_or(DS)], e.mode.segments[ES]
     if (
         e.mode.bits == 16
         or insn.address_size != natural
-        or not all(e.mode.segments[each].flat for each in segments)
-        or not e.mode.segments[ES].writable
+        or not (target.flat and target.writable)
+        or (RSI in registers and not (source.flat and source.readable))
     ):
         e.refuse()
     size, here = element_size(insn), e.next_rip - insn.length
@@ -92,9 +90,8 @@ def _repeated(e: Emitter, insn: Instruction, call: str, registers: tuple[int, ..
             register, natural, f"{e.register(register, natural)} + n{e.index} * {size} & {MASK[natural]}"
         )
     count = e.set_register(RCX, natural, f"{count} - n{e.index}")
-    e.emit(f"views.repeating = {count} > 0")
     # Amid the iterations RF is set (SDM vol. 3, 18.3.1.1).
-    e.change_rflags(f"if {count}: f |= {_RF}")
+    e.change_rflags(f"if {count}: f |= {RF}")
     e.exit_to(f"{here} if {count} else {e.next_rip}", f"{count} or views.exit_due")
     return e.next_rip
 

@@ -84,8 +84,6 @@ class Views:
         self._translations = translations
         self.exit_due = False
         """An instruction of translated code was completed with an exit: it is the last one for now."""
-        self.repeating = False
-        """The last instruction of translated code stopped amid its repetitions."""
 
     def frame(self, page: int) -> int:
         """The frame behind a linear page that was read or written before.  Raises Leave."""
