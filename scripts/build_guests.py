@@ -24,6 +24,7 @@ FLAT = ("64", "-melf_x86_64", "--oformat=binary", "-Ttext=0x8000")
 FORMATS = {
     "rom": ("64", "-melf_x86_64", "--oformat=binary", "-Ttext=0xf000"),
     "selftest": ("64", "-melf_x86_64", "--oformat=binary", "-Ttext=0x0"),
+    "kernel": ("64", "-melf_x86_64", "--oformat=binary", "-Ttext=0x100000"),
     "multiboot": ("32", "-melf_i386", "-Ttext=0x100000"),
 }
 

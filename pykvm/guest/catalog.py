@@ -40,7 +40,7 @@ _MODES: Final = {
 
 @dataclass(frozen=True)
 class CatalogGuest:
-    """One guest: its header and its image (ELF for a multiboot kernel, else flat)."""
+    """One guest: its header and its image (flat, or a multiboot file)."""
 
     header: GuestHeader
     image: bytes

@@ -98,7 +98,7 @@ def test_damaged_headers_are_image_errors(image):
 def test_catalog_lists_what_is_asked_for():
     workloads = {"sequential", "random", "hotspot", "stride", "idle", "burst", "strings", "smp"}
     assert set(catalog.workloads()) == workloads
-    assert set(modes.MODES) | workloads | {"rom", "multiboot", "selftest"} == set(catalog.names())
+    assert set(modes.MODES) | workloads | {"rom", "multiboot", "selftest", "kernel"} == set(catalog.names())
 
 
 @pytest.mark.parametrize("name", catalog.names())
