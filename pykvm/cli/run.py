@@ -18,7 +18,15 @@ from pykvm.guest.devices import DeviceBus
 from pykvm.guest.images import FORMATS, Image, load_image
 from pykvm.guest.launch import BootExtras, LaunchedGuest, launch
 from pykvm.guest.modes import MODES
-from pykvm.guest.pc_devices import COM_PORTS, Cmos, DebugExit, DebugText, PostCode, Serial16550
+from pykvm.guest.pc_devices import (
+    COM_PORTS,
+    Cmos,
+    DebugExit,
+    DebugText,
+    KeyboardController,
+    PostCode,
+    Serial16550,
+)
 from pykvm.guest.protocol import DEBUG_TEXT_PORT
 from pykvm.kvm import KvmVm
 from pykvm.machine import DirtyPages, Exit, Machine, Vcpu
@@ -48,6 +56,9 @@ class Board:
         self.bus.attach_ports(DebugExit(), DebugExit.PORT)
         self.bus.attach_ports(self.post, post_port)
         self.bus.attach_ports(Cmos(memory), Cmos.PORT, 2)
+        keyboard = KeyboardController()
+        self.bus.attach_ports(keyboard, keyboard.DATA)
+        self.bus.attach_ports(keyboard, keyboard.COMMAND)
 
     def _show(self, data: bytes) -> None:
         self._stream.write(data)

@@ -202,3 +202,59 @@ class Cmos(Device):
         if self._bytes[0x0B] & 0x04:  # the guest asked for binary
             return fields
         return {register: value // 10 << 4 | value % 10 for register, value in fields.items()}
+
+
+class KeyboardController(Device):
+    """An 8042 with no keyboard: data on port 0x60, commands and status on 0x64 (IBM PC AT Technical
+    Reference, keyboard controller).
+
+    It answers its self-test and keeps its command byte; A20 is always on.  Resetting the processor, which is
+    how kernels reboot, ends the run with status 0, as other resets do.
+    """
+
+    DATA: Final = 0x60
+    COMMAND: Final = 0x64
+
+    _OUTPUT_FULL: Final = 0x01
+    _READ_COMMAND_BYTE, _WRITE_COMMAND_BYTE = 0x20, 0x60
+    _READ_OUTPUT_PORT, _WRITE_OUTPUT_PORT = 0xD0, 0xD1
+    _SELF_TEST, _INTERFACE_TEST, _RESET_PULSE = 0xAA, 0xAB, 0xFE
+    _RESET_LINE: Final = 0x01  # of the output port: the processor is reset while it is low
+
+    def __init__(self) -> None:
+        self._answer: int | None = None
+        self._wants_data: int | None = None
+        self._command_byte = 0
+        self._output_port = 0x03  # no reset, A20 on
+
+    def port_in(self, vcpu: Vcpu, port: int, size: int) -> int:
+        if port == self.COMMAND:
+            return 0 if self._answer is None else self._OUTPUT_FULL
+        answer, self._answer = self._answer, None
+        return answer or 0
+
+    def port_out(self, vcpu: Vcpu, port: int, size: int, value: int) -> None:
+        value &= 0xFF
+        if port == self.COMMAND:
+            self._command(value)
+        elif self._wants_data == self._WRITE_COMMAND_BYTE:
+            self._command_byte = value
+        elif self._wants_data == self._WRITE_OUTPUT_PORT:
+            self._output_port = value
+            if not value & self._RESET_LINE:
+                raise GuestFinished(0)
+        if port == self.DATA:
+            self._wants_data = None
+
+    def _command(self, command: int) -> None:
+        answers = {
+            self._SELF_TEST: 0x55,
+            self._INTERFACE_TEST: 0x00,
+            self._READ_COMMAND_BYTE: self._command_byte,
+            self._READ_OUTPUT_PORT: self._output_port,
+        }
+        self._answer = answers.get(command, self._answer)
+        takes_data = command in {self._WRITE_COMMAND_BYTE, self._WRITE_OUTPUT_PORT}
+        self._wants_data = command if takes_data else None
+        if command == self._RESET_PULSE:
+            raise GuestFinished(0)

@@ -167,3 +167,11 @@ def test_the_exit_status_of_the_process_is_the_guests(image: Path) -> None:
     image.write_bytes(out(0xE9, *b"bye") + EXIT_5)
     result = execute("run", str(image))
     assert (result.status, result.out, result.err) == (11, "bye", "")
+
+
+def test_a_guest_that_resets_by_the_keyboard_controller_ends(
+    capfd: pytest.CaptureFixture[str], image: Path
+) -> None:
+    wait = b"\xe4\x64\xa8\x02\x75\xfa"  # in al, 0x64 ; test al, 2 ; jnz back: until the controller listens
+    result = run(capfd, image, wait + b"\xb0\xfe\xe6\x64" + SPIN)  # mov al, 0xfe ; out 0x64, al
+    assert (result.status, result.err) == (0, "")

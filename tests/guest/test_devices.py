@@ -13,6 +13,7 @@ from pykvm.guest.pc_devices import (
     Cmos,
     DebugExit,
     DebugText,
+    KeyboardController,
     PostCode,
     Serial16550,
 )
@@ -290,3 +291,51 @@ def test_a_guest_that_prints_for_ever_does_not_fill_the_host(vcpu):
         post.port_out(vcpu, 0x80, 1, code)
     assert KEPT_CODES <= len(post.codes) <= 2 * KEPT_CODES
     assert post.codes[-1] == 3 * KEPT_CODES - 1
+
+
+# --- keyboard controller --------------------------------------------------------------------------------
+
+
+def keyboard():
+    device, bus = KeyboardController(), DeviceBus()
+    bus.attach_ports(device, device.DATA)
+    bus.attach_ports(device, device.COMMAND)
+    return bus
+
+
+def test_keyboard_controller_is_ready_and_silent(vcpu):
+    """Drivers wait until bit 1 of the status is clear, and read data only while bit 0 is set."""
+    bus = keyboard()
+    assert read(bus, vcpu, 0x64) == 0
+    assert read(bus, vcpu, 0x60) == 0
+
+
+@pytest.mark.parametrize(("command", "answer"), [(0xAA, 0x55), (0xAB, 0), (0x20, 0), (0xD0, 3)])
+def test_keyboard_controller_answers_once(vcpu, command, answer):
+    bus = keyboard()
+    write(bus, vcpu, 0x64, command)
+    assert read(bus, vcpu, 0x64) == 1
+    assert read(bus, vcpu, 0x60) == answer
+    assert read(bus, vcpu, 0x64) == 0
+
+
+def test_keyboard_controller_keeps_its_command_byte(vcpu):
+    bus = keyboard()
+    write(bus, vcpu, 0x60, 0x11)  # to the keyboard that is not there
+    write(bus, vcpu, 0x64, 0x60)
+    write(bus, vcpu, 0x60, 0x47)
+    write(bus, vcpu, 0x60, 0x99)
+    write(bus, vcpu, 0x64, 0x20)
+    assert read(bus, vcpu, 0x60) == 0x47
+
+
+def test_keyboard_controller_resets_the_processor(vcpu):
+    bus = keyboard()
+    with pytest.raises(GuestFinished) as end:
+        write(bus, vcpu, 0x64, 0xFE)
+    assert end.value.status == 0
+    write(bus, vcpu, 0x64, 0xD1)
+    write(bus, vcpu, 0x60, 0x03)
+    write(bus, vcpu, 0x64, 0xD1)
+    with pytest.raises(GuestFinished):
+        write(bus, vcpu, 0x60, 0x02)
