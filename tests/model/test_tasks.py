@@ -53,6 +53,13 @@ def test_a_jump_saves_the_old_task_and_loads_the_new() -> None:
     assert cpu.cr0 & Cr0.TS
 
 
+def test_reserved_flags_in_a_tss_are_ignored() -> None:
+    world = WORLDS["jump to a tss"]().put(
+        TSS2 + 0x24, struct.pack("<I", 0xFFFFFFFF & ~Rflags.VM & ~Rflags.TF)
+    )
+    assert world.run().cpu.rflags == 0x3F7FD7 & ~Rflags.VM & ~Rflags.TF & ~Rflags.RF  # RF: HLT cleared it
+
+
 def test_busy_bits_and_links() -> None:
     """Table 7-2: JMP frees the old task, CALL keeps it busy and leaves NT and a link."""
     memory = WORLDS["jump to a tss"]().run().memory

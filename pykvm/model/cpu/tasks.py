@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _BUSY: Final = 2
 _NT, _VM, _TF = int(Rflags.NT), int(Rflags.VM), int(Rflags.TF)
+_FLAGS: Final = 0x3F7FD5
+"""All bits of EFLAGS that are not reserved (SDM vol. 1, figure 3-8)."""
 _TASK_SWITCHED: Final = 1 << 15  # DR6.BT
 _LOCAL_BREAKPOINTS: Final = 0x155  # DR7: L0-L3 and LE
 _AVAILABLE: Final = frozenset({System.TSS16, System.TSS32})
@@ -176,7 +178,7 @@ def _load_registers(cpu: Processor, layout: _Layout, values: list[int], nested: 
     for number, selector in selectors.items():
         cpu.segments[number] = null_segment(selector, cpl)
     cpu.ldt = null_segment(values[-1] & 0xFFFF)
-    cpu.rflags = rflags | Rflags.FIXED | (_NT if nested else 0)
+    cpu.rflags = rflags & _FLAGS | int(Rflags.FIXED) | (_NT if nested else 0)
     cpu.update_mode()
     cpu.next_rip = rip
     return selectors
