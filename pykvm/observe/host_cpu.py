@@ -17,8 +17,8 @@ from pykvm.x86.exceptions import Vector
 from pykvm.x86.fpu import FloatingPoint
 from pykvm.x86.registers import GENERAL, Registers
 
-STOP: Final = 0xCC
-"""INT3: what the code page is full of but for the instruction."""
+STOP: Final = 0xEE
+"""OUT DX, AL, which faults at CPL 3: what the code page is full of but for the instruction."""
 
 FLAGS: Final = int(
     Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.DF | Rflags.OF | Rflags.AC
@@ -191,19 +191,20 @@ class HostCpu:
         registers = self._child.registers
         body = split(case.code, self.bits)[1]
         if stopped == signal.SIGTRAP:
-            if code == _SI_KERNEL and body[:1] == b"\xcc":
-                return Vector.BP, None
             if code == _SI_KERNEL:
-                # Behind the INT3 that follows: it was run to, or MOV SS and POP SS put off the step's trap.
-                registers.rip -= 1
-                return None, None
+                return Vector.BP, None
             return (None if code == _TRAP_TRACE else Vector.DB), None
         if stopped == signal.SIGSEGV and code in {_SEGV_MAPERR, _SEGV_ACCERR}:
             if run_on and registers.rip == address:
-                return None, None  # the instruction ended with its page: there is no INT3 behind it
+                return None, None  # the instruction ended with its page: there is no STOP behind it
             return Vector.PF, address
         if stopped == signal.SIGSEGV:
-            return {0xCE: Vector.OF, 0x62: Vector.BR}.get(body[0] if body else 0, Vector.GP), None
+            if body[:1] == b"\xce":
+                return Vector.OF, None
+            if registers.rip != case.registers.rip:
+                # At the STOP that follows: it was run to, or MOV SS and POP SS put off the step's trap.
+                return None, None
+            return (Vector.BR if body[:1] == b"\x62" else Vector.GP), None
         if stopped == signal.SIGBUS:
             return (Vector.AC if code == 1 else Vector.SS), None
         if stopped == signal.SIGFPE:

@@ -112,3 +112,13 @@ def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> 
 def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
     calls = opcode.code == b"\xe8" or (opcode.code == b"\xff" and opcode.extension == 2)
     return calls and None not in {model.vector, other.vector}
+
+
+@known(
+    "offsets that are not canonical in FS and GS",
+    "any",
+    "AMD's processors raise #GP for the offset even where the sum with the base is canonical (host)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    based = bool({0x64, 0x65} & set(opcode.prefixes)) and bool(case.fs_base | case.gs_base)
+    return case.mode == 64 and based and model.vector == Vector.PF and other.vector in {Vector.GP, Vector.UD}
