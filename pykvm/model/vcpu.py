@@ -173,6 +173,8 @@ class ModelVcpu(VcpuSnapshot, VcpuDebug):
     def _step_watched(self, limit: int) -> Exit | None:
         """Instruction by instruction, since something is awaited between two of them."""
         for _ in range(limit):
+            if self.ring is not None and self.ring.full:
+                return DirtyRingFull()
             if self._window_wanted and self.ready_for_interrupt():
                 return InterruptWindow()
             exit = self.debug_step() if self.debugging else self.cpu.run(1)

@@ -17,6 +17,7 @@ from pykvm.kvm import KvmSystem
 from pykvm.machine import (
     DirtyRingFull,
     Halted,
+    IoIn,
     IoOut,
     Kicked,
     Machine,
@@ -28,6 +29,7 @@ from pykvm.machine import (
 )
 from pykvm.machine.state import VcpuState
 from pykvm.memory import PAGE_SIZE, GuestMemory
+from pykvm.model import schedule
 from pykvm.model.machine import ModelMachine
 from pykvm.model.system import ModelSystem
 
@@ -164,6 +166,22 @@ def test_a_vcpu_stops_at_the_soft_limit_exactly() -> None:
         assert seen == [(2 + n) % 256 for n in range(len(seen))]
 
 
+def test_a_full_ring_stops_instruction_by_instruction_too() -> None:
+    # next: mov [ebx], al ; add ebx, 0x1000 ; jmp next
+    with ModelSystem() as system, system.create_machine() as machine, GuestMemory(2 * MIB) as memory:
+        machine.enable_dirty_ring(256)
+        machine.create_slot(memory, 0, flags=LOG)
+        real_mode(machine, memory, bytes.fromhex("678803 6681c300100000 ebf4"))
+        (vcpu,) = machine.vcpus
+        special = vcpu.get_special_registers()
+        special.ds.limit = 0xFFFFFFFF
+        vcpu.set_special_registers(special)
+        vcpu.request_interrupt_window()
+        assert vcpu.run() == DirtyRingFull()
+        (entries,) = machine.collect_rings().entries
+        assert len(entries.slots) == 256 - 64
+
+
 def test_no_write_is_lost_between_two_collections() -> None:
     """What the guest wrote since the collection before is in this one, however often somebody collects."""
     with ModelSystem() as system, system.create_machine() as machine, GuestMemory(MIB) as memory:
@@ -206,7 +224,8 @@ def race(seed: int) -> int:
         return int.from_bytes(memory.read(0x8000, 2), "little")
 
 
-def test_the_seed_decides_how_vcpus_interleave() -> None:
+def test_the_seed_decides_how_vcpus_interleave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "_HELD_SECONDS", 10)  # a busy host may start threads later than usual
     results = {seed: race(seed) for seed in range(4)}
     assert len(set(results.values())) > 1, "other turns, other losses"
     for seed, result in results.items():
@@ -328,6 +347,22 @@ def test_a_kick_between_answer_and_run_does_not_wait_for_itself() -> None:
         assert vcpu.run() == IoOut(0x61, 1, b"\x05")
 
 
+def test_an_interrupt_comes_behind_the_instruction_that_was_answered() -> None:
+    with ModelSystem() as system, system.create_machine() as machine, GuestMemory(MIB) as memory:
+        machine.create_slot(memory, 0)
+        memory.write(0x20 * 4, b"\x00\x20\x00\x00")
+        memory.write(0x2000, bytes.fromhex("e461"))  # in al, 0x61
+        real_mode(machine, memory, bytes.fromhex("e460"))
+        (vcpu,) = machine.vcpus  # in al, 0x60
+        vcpu.set_registers(replace(vcpu.get_registers(), rsp=0x8000))
+        assert vcpu.run() == IoIn(0x60, 1)
+        vcpu.interrupt(0x20)
+        vcpu.reply(b"\x05")
+        assert vcpu.run() == IoIn(0x61, 1)
+        assert vcpu.get_registers().rax == 5
+        assert memory.read(0x7FFA, 2) == (CODE + 2).to_bytes(2, "little")
+
+
 @pytest.mark.timeout(60)
 def test_repetitions_keep_a_collection_waiting_a_moment_only() -> None:
     """After fast code, which makes slices long: rep cmpsb backwards, a thousand iterations an instruction."""
@@ -335,7 +370,8 @@ def test_repetitions_keep_a_collection_waiting_a_moment_only() -> None:
     code = bytes.fromhex("bb1400 b90000 40 e2fd 4b 75f7 fd b9ffff f3a6 ebf9")
     with ModelSystem() as system, system.create_machine() as machine, GuestMemory(MIB) as memory:
         slot = machine.create_slot(memory, 0, flags=LOG)
-        vcpu = real_mode(machine, memory, code)
+        real_mode(machine, memory, code)
+        (vcpu,) = machine.vcpus
         thread = threading.Thread(target=vcpu.run)
         thread.start()
         while vcpu.cpu.instructions < 20 << 17:

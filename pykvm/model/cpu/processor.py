@@ -107,7 +107,8 @@ class Processor(MemoryAccess):
         """
         try:
             try:
-                if self._event_waits() and interrupts.take_event(self):
+                # An instruction that the host answered began already.
+                if not self.replies and self._event_waits() and interrupts.take_event(self):
                     return
                 insn = self.fetch()
             except Fault as fault:
