@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,16 +18,18 @@ from rich.text import Text
 
 from pykvm.backends import open_system
 from pykvm.cli.parameters import duration_type, number_type
+from pykvm.cli.sending import check_writable, write_text
 from pykvm.cli.session import Session, common_options
 from pykvm.cli.walks import explain
 from pykvm.crosscheck.instructions.bench import Kind, processor
-from pykvm.crosscheck.instructions.campaign import ROOMS, Campaign, Report
+from pykvm.crosscheck.instructions.campaign import ROOMS, Campaign, Disagreement, Report
+from pykvm.crosscheck.instructions.case import InstructionCase
 from pykvm.crosscheck.instructions.coverage import markdown, room_name
 from pykvm.crosscheck.mass import ScenarioReport, run_scenarios
 from pykvm.crosscheck.paging_cases import Runnable
 from pykvm.crosscheck.paging_run import Subject, run_paging
 from pykvm.crosscheck.saved import SavedPaging, save_case
-from pykvm.errors import DisagreementError, UsageError
+from pykvm.errors import DisagreementError, HostError, UsageError
 from pykvm.machine import System
 from pykvm.model.oracle import InstructionOracle
 from pykvm.model.system import ModelSystem
@@ -98,22 +102,30 @@ class _Run:
             progress=lambda report: self.tell(
                 f"instructions: {plural(report.cases, 'case')}, {report.unexplained} unexplained"
             ),
+            found=self._keep_instruction,
         )
         report = campaign.run(seconds=seconds, cases=cases)
         self.cases += report.cases
         self.unexplained += report.unexplained
         self.left_out += report.left_out
-        for number, each in enumerate(report.disagreements):
-            path = self.save / f"instruction-{self.seed}-{number}.json"
-            self.save.mkdir(parents=True, exist_ok=True)
-            save_case(each.case, path)
-            self.disagree("instructions", f"{each.text}: {each.verdict}", path, {"form": each.form})
         for room in report.rooms:
             for form, count in room.missing.items():
                 self.unexplained += count
                 text = f"The model lacks {form} in {room_name(room)} ({plural(count, 'case')})."
                 self.disagree("instructions", text, None, {"form": form})
         return report
+
+    def _keep_instruction(self, found: Disagreement) -> None:
+        path = self.save / f"instruction-{self.seed}-{len(self.found)}.json"
+        self._write(found.case, path)
+        self.disagree("instructions", f"{found.text}: {found.verdict}", path, {"form": found.form})
+
+    def _write(self, case: InstructionCase | SavedPaging, path: Path) -> None:
+        try:
+            self.save.mkdir(parents=True, exist_ok=True)
+            save_case(case, path)
+        except OSError as error:
+            raise UsageError(f"Cannot write {path}: {error.strerror}; choose another --save.") from error
 
     def paging(self, kvm: System, seconds: float | None, cases: int | None) -> dict[str, Any]:
         """Page-table cases on model and KVM."""
@@ -132,8 +144,7 @@ class _Run:
         self.left_out += [f"paging: {each}" for each in result.left_out]
         for each in result.disagreements[:_MOST_SHOWN]:
             path = self.save / f"paging-{each.case.index}.json"
-            self.save.mkdir(parents=True, exist_ok=True)
-            save_case(SavedPaging(each.case.index), path)
+            self._write(SavedPaging(each.case.index), path)
             self.disagree("paging", str(each), path, {"index": each.case.index})
         known = len(result.differences) - len(result.disagreements)
         return {"cases": result.cases, "product": len(runnable), "known": known}
@@ -237,8 +248,13 @@ def command(
     kinds = list(_SHARES) if kind == "all" else [kind]
     if coverage is not None and "instructions" not in kinds:
         raise UsageError("Only instruction cases have a coverage table; leave out --coverage or --kind.")
+    check_writable(coverage)
+    _check_directory(save)
     kvm = _open_kvm(session)
-    session.note(f"seed {seed}; again with: pykvm crosscheck --seed {seed} --kind {kind}")
+    again = f"--seed {seed} --kind {kind}"
+    again += "" if mode == "all" else f" --mode {mode}"
+    again += "" if cases is None else f" --cases {cases}"
+    session.note(f"seed {seed}; again with: pykvm crosscheck {again}")
     modes = [64, 32, 16] if mode == "all" else [int(mode)]
     run = _Run(session, kvm, seed, save)
     summary: dict[str, Any] = {}
@@ -246,6 +262,9 @@ def command(
         for each in kinds:
             share = seconds * _SHARES[each] if kind == "all" else seconds
             run.work(partial(_one_kind, run, each, share, cases, modes, summary))
+    except KeyboardInterrupt:
+        session.document |= {"seed": seed, "kinds": kinds, "disagreements": run.found}
+        raise
     finally:
         run.model.close()
         if kvm is not None:
@@ -253,8 +272,9 @@ def command(
     report: Report | None = summary.pop("report", None)
     if report is not None:
         if coverage is not None:
-            coverage.write_text(markdown(report))
+            write_text(coverage, markdown(report))
         _show(session, report)
+    _show_others(session, summary)
     session.document |= {
         "seed": seed,
         "kinds": kinds,
@@ -271,11 +291,20 @@ def command(
     session.out.print(
         f"{plural(run.cases, 'case')} in {run.seconds:.0f} s, {run.unexplained} without an explanation."
     )
+    if not run.cases:
+        raise HostError(f"Nothing could be compared here: {'; '.join(run.left_out)}.")
     if run.unexplained:
         raise DisagreementError(
             f"{plural(run.unexplained, 'case')} of seed {seed} disagree and no rule explains them; "
             f"the first is: {run.found[0]['text']}"
         )
+
+
+def _check_directory(path: Path) -> None:
+    """Raises UsageError if it neither is nor can be made a directory to write to."""
+    nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise UsageError(f"Cannot write to {path}: '{nearest}' is not a directory that you may write to.")
 
 
 def _one_kind(
@@ -301,10 +330,14 @@ def _one_kind(
 
 def _show(session: Session, report: Report) -> None:
     """Instruction cases by room, and what differed and why."""
-    table = Table("instructions", "processors", "cases", "agree", "known", "unexplained", "forms hit")
+    if not report.rooms:
+        return
+    table = Table(
+        "instructions", "processors", "cases", "agree", "known", "alone", "unexplained", "forms hit"
+    )
     for room in report.rooms:
         verdicts = room.verdicts
-        rest = room.cases - verdicts[Kind.AGREE] - verdicts[Kind.KNOWN]
+        rest = room.cases - verdicts[Kind.AGREE] - verdicts[Kind.KNOWN] - verdicts[Kind.ALONE]
         known_forms = room.to_json()["forms_known"]
         table.add_row(
             room_name(room),
@@ -312,6 +345,7 @@ def _show(session: Session, report: Report) -> None:
             count_text(room.cases),
             count_text(verdicts[Kind.AGREE]),
             count_text(verdicts[Kind.KNOWN]),
+            count_text(verdicts[Kind.ALONE]),
             count_text(rest),
             f"{room.forms} of {known_forms}",
         )
@@ -319,3 +353,19 @@ def _show(session: Session, report: Report) -> None:
     known = sum((room.known for room in report.rooms), start=type(report.rooms[0].known)())
     for name, count in known.most_common():
         session.out.print(f"  {count:>7,}  {name}", markup=False)
+
+
+def _show_others(session: Session, summary: dict[str, Any]) -> None:
+    """A line for page walks, and one for scenarios."""
+    if "paging" in summary:
+        paging = summary["paging"]
+        session.out.print(
+            f"paging: {plural(paging['cases'], 'case')} of {count_text(paging['product'])}, "
+            f"{count_text(paging['known'])} with a known difference"
+        )
+    if "scenarios" in summary:
+        scenarios = summary["scenarios"]
+        kinds = Counter(name.split()[0] for name in scenarios["hit"])
+        hit = ", ".join(plural(count, kind) for kind, count in sorted(kinds.items()))
+        whole = f"{plural(scenarios['cases'], 'case')}, {count_text(scenarios['partial'])} of them in part"
+        session.out.print(f"scenarios: {whole}; {hit}")

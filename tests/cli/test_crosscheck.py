@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pykvm.crosscheck.instructions.campaign import Campaign
 from pykvm.crosscheck.instructions.case import InstructionCase
 from pykvm.crosscheck.instructions.known import TABLE
 from pykvm.crosscheck.instructions.rule import Known
@@ -34,7 +35,7 @@ def test_agreement_ends_with_status_0(capfd: pytest.CaptureFixture[str], tmp_pat
 
 def test_the_seed_is_told_and_repeats(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     done = invoke(capfd, "crosscheck", *FEW, "--save", str(tmp_path))
-    assert "pykvm crosscheck --seed 1 --kind instructions" in done.err
+    assert "pykvm crosscheck --seed 1 --kind instructions --mode 64 --cases 60\n" in done.err
 
 
 def test_without_kvm_the_rest_is_named(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -44,7 +45,51 @@ def test_without_kvm_the_rest_is_named(capfd: pytest.CaptureFixture[str], tmp_pa
     left_out = "\n".join(done.document["left_out"])
     assert "paging: there is no real KVM" in left_out
     assert "scenarios: there is no real KVM" in left_out
+    assert "16-bit code at CPL 0 runs on the model only" in left_out
+    assert all(len(room["executors"]) > 1 for room in done.document["coverage"]["instructions"])
     assert done.document["cases"] > 0
+
+
+@pytest.mark.parametrize("what", [("--kind", "paging"), ("--kind", "instructions", "--mode", "16")])
+def test_comparing_nothing_is_no_success(capfd: pytest.CaptureFixture[str], what: tuple[str, ...]) -> None:
+    done = invoke(capfd, "crosscheck", *what, "--cases", "5", "--backend", "model", "--json")
+    assert (done.status, done.document["cases"]) == (3, 0)
+    assert done.document["left_out"][0] in done.err
+
+
+@pytest.mark.parametrize("option", ["--save", "--coverage"])
+def test_files_that_cannot_be_written_are_told_before_the_work(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "file").touch()
+    done = invoke(capfd, "crosscheck", *FEW, option, str(tmp_path / "file" / "below"))
+    assert done.status == 2
+    assert done.err.startswith("pykvm: Cannot write")
+    assert "seed" not in done.err
+
+
+def test_what_was_found_before_an_interruption_stays(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NOP that changes CF, and Ctrl-C right after the case was saved."""
+    right = SEMANTICS["nop"]
+
+    def wrong(cpu, insn):  # type: ignore[no-untyped-def]
+        right.execute(cpu, insn)
+        cpu.rflags ^= int(Rflags.CF)
+
+    def interrupted(self: object, report: object, *rest: object) -> None:
+        batch(self, report, *rest)  # type: ignore[arg-type]
+        if report.disagreements:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+
+    batch = Campaign._batch
+    monkeypatch.setitem(SEMANTICS, "nop", replace(right, execute=wrong))
+    monkeypatch.setattr(Campaign, "_batch", interrupted)
+    arguments = ("--kind", "instructions", "--mode", "64", "--cases", "5000", "--seed", "1")
+    done = invoke(capfd, "crosscheck", *arguments, "--backend", "model", "--save", str(tmp_path), "--json")
+    assert done.status == 130
+    assert len(list(tmp_path.iterdir())) == len(done.document["disagreements"]) > 0
 
 
 def test_a_wrong_model_is_found_saved_and_replayed(
@@ -78,7 +123,7 @@ def test_the_coverage_table_is_written(capfd: pytest.CaptureFixture[str], tmp_pa
     table = tmp_path / "table.md"
     done = invoke(capfd, "crosscheck", *FEW, "--coverage", str(table), "--save", str(tmp_path))
     assert done.status == 0
-    assert table.read_text().startswith("120 cases.")
+    assert table.read_text().startswith("# Coverage of the instruction cross-check\n\n120 cases.")
     refused = invoke(capfd, "crosscheck", "--kind", "paging", "--coverage", str(table))
     assert refused.status == 2
 

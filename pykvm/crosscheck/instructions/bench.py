@@ -26,6 +26,7 @@ class Kind(Enum):
     """What a comparison showed."""
 
     AGREE = "agree"
+    ALONE = "only the model executed it"
     KNOWN = "known difference"
     MODEL = "the model is wrong"
     KVM = "KVM is wrong"
@@ -123,7 +124,10 @@ class Bench:
         return {each.name: each.execute(case) for each in self._executors if each.accepts(case)}
 
     def judge(self, case: InstructionCase) -> Verdict:
-        """Run the case and compare everybody with the first executor, the model."""
+        """Run the case and compare everybody with the first executor, the model.
+
+        A case at CPL 0 that no other machine can execute agrees if its CPL 3 twin on the host does.
+        """
         outcomes = self.outcomes(case)
         model, *others = outcomes.items()
         return self._verdict(case, model[1], dict(others))
@@ -149,6 +153,9 @@ class Bench:
                 words[who] = text
             else:
                 known = found
+        if not (words or known or agreeing):
+            twin = self._twin(case)
+            return Verdict(Kind.AGREE if twin is not None and _alike(model, twin, undefined) else Kind.ALONE)
         if not words:
             return Verdict(Kind.AGREE if known is None else Kind.KNOWN, {}, known)
         return Verdict(self._kind(case, model, others, words, agreeing, undefined), words)

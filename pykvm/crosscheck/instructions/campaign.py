@@ -112,11 +112,14 @@ class Campaign:
         rooms: Iterable[tuple[int, int]] = ROOMS,
         host: bool = True,
         progress: Progress | None = None,
+        found: Callable[[Disagreement], object] | None = None,
     ) -> None:
+        """``progress`` hears after each round of the rooms, ``found`` of each case that is kept."""
         self._systems, self._oracle, self._cpuid, self._host = systems, oracle, cpuid, host
         self._seed = seed
         self._rooms = tuple(rooms)
         self._progress = progress
+        self._found = found
         self._seen: set[tuple[int, int, str, Kind]] = set()
 
     def run(self, *, seconds: float | None = None, cases: int | None = None) -> Report:
@@ -129,11 +132,17 @@ class Campaign:
         ]
         try:
             report.left_out = sorted({text for bench in benches for text in bench.left_out})
-            report.rooms = [Room(bench.mode, bench.cpl, bench.names) for bench in benches]
-            generators = [Generator(bench.mode, bench.cpl, self._seed) for bench in benches]
+            report.left_out += [
+                f"instructions: {bench.mode}-bit code at CPL {bench.cpl} runs on the model only"
+                for bench in benches
+                if len(bench.names) == 1
+            ]
+            compared = [bench for bench in benches if len(bench.names) > 1]
+            report.rooms = [Room(bench.mode, bench.cpl, bench.names) for bench in compared]
+            generators = [Generator(bench.mode, bench.cpl, self._seed) for bench in compared]
             while True:
                 open_rooms = 0
-                for bench, room, generator in zip(benches, report.rooms, generators, strict=True):
+                for bench, room, generator in zip(compared, report.rooms, generators, strict=True):
                     if deadline is not None and time.monotonic() >= deadline:
                         return report
                     count = _BATCH if cases is None else min(_BATCH, cases - room.cases)
@@ -175,3 +184,5 @@ class Campaign:
         case = shrink(made.case, lambda smaller: bench.judge(smaller).kind is verdict.kind)
         text = describe(case, self._oracle)
         report.disagreements.append(Disagreement(made.form.id, bench.judge(case), case, text))
+        if self._found is not None:
+            self._found(report.disagreements[-1])

@@ -12,8 +12,10 @@ def room_name(room: Room) -> str:
 
 
 def markdown(report: Report) -> str:
-    """A table with a row for each form: cases, and in brackets the shapes of operands among them."""
+    """A page with a row for each form: cases, and in brackets the shapes of operands among them."""
     lines = [
+        "# Coverage of the instruction cross-check",
+        "",
         f"{report.cases:,} cases. A cell tells how many cases of the form ran, and in brackets how many "
         "shapes of operands they had (register or memory, by operand size); a dash where the form does not "
         "exist.",
