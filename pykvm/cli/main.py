@@ -54,7 +54,8 @@ def cli() -> None:
     """Find out whether a KVM host tells the truth about memory.
 
     pykvm drives /dev/kvm directly: it runs tiny guests under dirty logging, shows what they write, and
-    migrates them live from one process to another while both sides prove that no page was lost.
+    migrates them live from one process to another while both sides prove that no page was lost. All of it
+    also runs on a reference machine in pure Python, and both are held against each other.
 
     Exit statuses and the keys of --json are listed in docs/exit-status.md and docs/json.md.
     """
