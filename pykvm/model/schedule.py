@@ -109,6 +109,9 @@ class Schedule:
     def leave(self, number: int, *, back_soon: bool) -> None:
         """The vCPU left ``run``; ``back_soon``: its host answers the exit and goes on."""
         with self._changed:
+            if self._executing == number:  # Ctrl-C struck within ``end``
+                self._executing = None
+                self._busy = False
             self._inside.discard(number)
             if back_soon:
                 self._away[number] = _Absence(time.monotonic() + _HELD_SECONDS, threading.get_ident())

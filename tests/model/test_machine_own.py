@@ -312,6 +312,22 @@ def test_a_machine_can_be_closed_after_ctrl_c() -> None:
                 assert not vcpu.running
 
 
+@pytest.mark.timeout(20)
+def test_ctrl_c_at_the_end_of_a_slice_leaves_no_lock_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with ModelSystem() as system, system.create_machine() as machine, GuestMemory(MIB) as memory:
+        machine.create_slot(memory, 0)
+        vcpu = real_mode(machine, memory, b"\xeb\xfe")
+        with monkeypatch.context() as patch:
+            patch.setattr(machine.schedule, "end", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                vcpu.run()
+        with machine.schedule.visit():
+            assert not vcpu.running
+
+
 # --- what slots share, and what waits for what --------------------------------------------------------
 
 
