@@ -275,8 +275,7 @@ class Processor(MemoryAccess):
             page = self._walk(linear, Access.FETCH)
         ram = self.bus.ram(page >> 12)
         if ram is None:
-            self.exits.append(InternalError(_EMULATION, ()))
-            raise NeedInput(self.exits.pop())
+            raise NeedInput(InternalError(_EMULATION, ()))
         return bytes(ram[linear & 0xFFF : (linear & 0xFFF) + size])
 
     # --- the bus's word ----------------------------------------------------------------------------------
