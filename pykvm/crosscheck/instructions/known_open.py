@@ -122,3 +122,12 @@ def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> 
 def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
     based = bool({0x64, 0x65} & set(opcode.prefixes)) and bool(case.fs_base | case.gs_base)
     return case.mode == 64 and based and model.vector == Vector.PF and other.vector in {Vector.GP, Vector.UD}
+
+
+@known(
+    "registers of a faulting POPA",
+    "any",
+    "AMD's processors have loaded some registers already when a later read faults (host)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return opcode.code == b"\x61" and model.vector == other.vector is not None

@@ -22,7 +22,7 @@ from pykvm.x86.exceptions import Vector
 from pykvm.x86.fpu import FloatingPoint
 from pykvm.x86.registers import Registers
 
-_LIMIT: Final = 1.0
+_LIMIT: Final = 5.0
 """Seconds after which a case is unfinished: code that jumps to itself."""
 _FETCH: Final = int(PageFault.ID)
 _FX_BYTES: Final = 512
