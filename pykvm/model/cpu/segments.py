@@ -143,8 +143,9 @@ def load_far_pointer(cpu: Processor, insn: Instruction) -> None:
 def far_pointer(cpu: Processor, source: Memory, size: int) -> tuple[int, int]:
     """Offset of ``size`` bytes and selector behind it, from memory: one operand to the segment's limit."""
     at = source.offset(cpu)
-    cpu.linear(source.segment, at, size)  # RFLAGS.AC wants the offset aligned (host)
-    pointer = cpu.load(source.segment, at, size + 2)
+    linear = cpu.linear(source.segment, at, size)  # RFLAGS.AC wants the offset aligned, not all of it (host)
+    cpu.linear(source.segment, at + size, 2)
+    pointer = int.from_bytes(cpu.load_linear(linear, size + 2), "little")
     return pointer & MASK[size], pointer >> 8 * size
 
 
