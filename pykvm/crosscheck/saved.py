@@ -55,11 +55,12 @@ def load_case(path: Path) -> Case:
     try:
         with path.open("rb") as file:
             text = file.read(LARGEST_FILE + 1)
-        if len(text) > LARGEST_FILE:
-            raise UsageError(f"{path} is longer than {LARGEST_FILE >> 20} MiB; is it a case?")
-        data = json.loads(text)
     except OSError as error:
         raise UsageError(f"Cannot read {path}: {error.strerror}.") from error
+    if len(text) > LARGEST_FILE:
+        raise UsageError(f"{path} is longer than {LARGEST_FILE >> 20} MiB; is it a case?")
+    try:
+        data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON ({error}); give a file that pykvm crosscheck saved.") from error
     kind = data.get("kind") if isinstance(data, dict) else None

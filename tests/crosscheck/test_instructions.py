@@ -327,7 +327,11 @@ def test_hypothesis_makes_the_same_kind_of_cases(made: Generated) -> None:
 @pytest.mark.parametrize(
     "change",
     [{"kind": "scenario"}, {"mode": 48}, {"cpl": 1}, {"code": ""}, {"code": "xy"}, {"memory": {"0x0": "00"}},
-     {"registers": {"rip": "0x0"}}, {"registers": {"rzz": "0x1"}}, {"floating": {"xmm": 3}}],
+     {"registers": {"rip": "0x0"}}, {"registers": {"rzz": "0x1"}}, {"floating": {"xmm": 3}},
+     {"floating": {"xmm": ["00" * 16] * 15}}, {"floating": {"fpr": ["00" * 15] * 8}},
+     {"floating": {"fpr": "0x1"}}, {"floating": {"fsw": "0x10000"}}, {"floating": {"mxcsr": ["00"]}},
+     {"floating": {"mxcsr": "0x10000"}}, {"fs_base": "-0x1"}, {"gs_base": hex(1 << 64)}, {"code": "90" * 65},
+     {"registers": {"rip": hex(FLAT.code), "rax": hex(1 << 64)}}],
 )  # fmt: skip
 def test_what_is_no_case_is_refused(change: dict[str, object]) -> None:
     document = flat("90").to_json() | change

@@ -22,6 +22,10 @@ MODES: Final = (64, 32, 16)
 """64-bit code, 32-bit code of compatibility mode, 16-bit code of real mode."""
 
 
+LONGEST: Final = 64
+"""Bytes of a case's code; instructions have 15 at most, and cases may have too many."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Where a case's memory is: linear addresses, ends exclusive.
@@ -118,6 +122,15 @@ class InstructionCase:
             raise UsageError(f"There is no mode {self.mode} with CPL {self.cpl}.")
         if not self.code or not layout.code <= self.linear < layout.code_end:
             raise UsageError(f"The instruction is not in the code page at {layout.code:#x}.")
+        if len(self.code) > LONGEST:
+            raise UsageError(f"The instruction has {len(self.code)} bytes; give at most {LONGEST}.")
+        numbers = {each.name: getattr(self.registers, each.name) for each in fields(Registers)}
+        numbers |= {"fs_base": self.fs_base, "gs_base": self.gs_base}
+        for name, value in numbers.items():
+            if not 0 <= value < 1 << 64:
+                raise UsageError(f"{name} has 64 bits, and {value:#x} does not fit.")
+        if self.floating is not None:
+            _check_floating(self.floating)
         for address, data in self.memory.items():
             if not layout.data <= address <= layout.end - len(data):
                 raise UsageError(f"{len(data)} bytes at {address:#x} are outside the case's memory.")
@@ -173,6 +186,30 @@ def floating_from_json(document: Mapping[str, Any]) -> FloatingPoint:
         for name, value in document.items()
     }
     return FloatingPoint(**parts)
+
+
+_VECTORS: Final = {"fpr": 8, "xmm": 16}
+_WIDTHS: Final = {
+    "fcw": 16,
+    "fsw": 16,
+    "ftwx": 8,
+    "last_opcode": 16,
+    "last_ip": 64,
+    "last_dp": 64,
+    "mxcsr": 16,
+}
+
+
+def _check_floating(floating: FloatingPoint) -> None:
+    """Raises UsageError for values that do not fit their registers."""
+    for name, count in _VECTORS.items():
+        values = getattr(floating, name)
+        if not isinstance(values, tuple) or [len(value) for value in values] != [16] * count:
+            raise UsageError(f"{name} has {count} registers of 16 bytes.")
+    for name, bits in _WIDTHS.items():
+        value = getattr(floating, name)
+        if not isinstance(value, int) or not 0 <= value < 1 << bits:  # the rest of MXCSR is reserved
+            raise UsageError(f"{name} is a number of {bits} bits.")
 
 
 def _numbers(registers: Registers) -> dict[str, str]:
