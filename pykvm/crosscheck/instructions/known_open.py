@@ -131,3 +131,12 @@ def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> 
 )
 def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
     return opcode.code == b"\x61" and model.vector == other.vector is not None
+
+
+@known(
+    "selectors of the host's own descriptors",
+    "host",
+    "Linux has descriptors (TSS, TLS, 7BH for the processor's number) that the guest around a case lacks",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    return model.vector == Vector.GP and 0x38 <= (model.error or 0) < 0x80 and other.vector != Vector.PF
