@@ -9,7 +9,7 @@ from typing import Final
 from pykvm.errors import KvmError, UsageError
 from pykvm.machine.state import DebugRegisters, VcpuEvents
 from pykvm.model.cpu.faults import Fault
-from pykvm.model.cpu.processor import SHADOW_SS, SHADOW_STI
+from pykvm.model.cpu.state import SHADOW_SS, SHADOW_STI
 from pykvm.model.vcpu_registers import VcpuPart, check_width
 from pykvm.x86.exceptions import Vector
 

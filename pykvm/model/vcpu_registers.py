@@ -10,10 +10,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from pykvm.errors import KvmError, MsrError, UsageError
-from pykvm.model.cpu import cpuid, decode
+from pykvm.model.cpu import cpuid
 from pykvm.model.cpu.control import cr4_allowed
 from pykvm.model.cpu.faults import Fault
-from pykvm.model.cpu.features import Features
 from pykvm.model.cpu.msrs import read_msr, write_msr
 from pykvm.x86.bits import Cr0, Cr4, Efer
 from pykvm.x86.registers import (
@@ -165,7 +164,7 @@ class VcpuRegisters(VcpuPart):
                     "KVM_SET_CPUID2",
                     "the vCPU ran already, after which its CPUID is fixed; set CPUID before the first run.",
                 )
-            set_cpuid(cpu, entries)
+            cpu.set_cpuid(entries)
 
     # --- MSRs --------------------------------------------------------------------------------------------
 
@@ -219,14 +218,6 @@ def check_width(name: str, value: int, bits: int) -> None:
     """Raises UsageError, naming the field, for a value that it cannot hold."""
     if not isinstance(value, int) or not 0 <= value < 1 << bits:
         raise UsageError(f"{name} cannot be {value!r}: it does not fit the field's type and width.")
-
-
-def set_cpuid(cpu: Processor, entries: Sequence[CpuidEntry]) -> None:
-    """Give a processor other leaves, and the features that they tell of."""
-    cpu.cpuid = tuple(entries)
-    cpu.features = Features.of(cpu.cpuid)
-    cpu._decoders = {bits: decode.Decoder(bits, amd=cpu.features.amd) for bits in (16, 32, 64)}
-    cpu.flush_tlb()
 
 
 def _check_ranges(value: SpecialRegisters) -> None:

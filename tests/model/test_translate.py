@@ -43,7 +43,6 @@ def check_random_program(bits: int, seed: int) -> Duo:
         if duo.plain.cpu.shut_down:
             break
         for machine in duo:
-            machine.cpu.halted = False
             machine.cpu.pending_debug = 0
             machine.cpu.rip, machine.cpu.rflags = CODE, 2
             for number, value in program.registers.items():
@@ -283,7 +282,7 @@ def test_a_page_of_code_becomes_data_and_back() -> None:
     duo.run(1000)
     for machine in duo:
         machine.put(CODE + 0x800, STORES)
-        machine.cpu.rip, machine.cpu.halted = CODE + 0x800, False
+        machine.cpu.rip = CODE + 0x800
         machine.cpu.regs[RCX], machine.cpu.regs[RDI] = 200, CODE  # over the first loop, and on to itself
     exits = duo.run(5000)
     assert exits

@@ -140,7 +140,7 @@ class FullRing(Machine):
         ram.writable, ram.write = logged_writable, logged_write  # type: ignore[method-assign]
 
     def start(self) -> None:
-        self.cpu.rip, self.cpu.halted = CODE, False
+        self.cpu.rip = CODE
         self.cpu.regs[RCX], self.cpu.regs[RDI], self.cpu.regs[RSI] = 2000, DATA, DATA + 0x18
 
     def advance(self, limit: int) -> Exit | None:

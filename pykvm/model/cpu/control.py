@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 from pykvm.model.cpu.faults import Fault
 from pykvm.model.cpu.instruction import CS, ControlRegister
 from pykvm.model.cpu.semantics import semantics
+from pykvm.model.cpu.stacks import TSS16_TYPES
 from pykvm.x86.bits import Cr0, Cr4, Efer
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ _PDPTE_CR0: Final = Cr0.PG | Cr0.CD | Cr0.NW
 _PDPTE_CR4: Final = Cr4.PAE | Cr4.PGE | Cr4.PSE | Cr4.SMEP
 """Bits whose change loads the PDPTE registers (SDM vol. 3, 4.4.1)."""
 _LMSW_BITS: Final = Cr0.PE | Cr0.MP | Cr0.EM | Cr0.TS
-_TSS16_TYPES: Final = frozenset({1, 3})
 
 
 def require_cpl0(cpu: Processor) -> None:
@@ -80,7 +80,7 @@ def set_cr0(cpu: Processor, value: int) -> None:
 
 def _check_activation(cpu: Processor) -> None:
     """What setting PG with EFER.LME needs (SDM vol. 3, 10.8.5.1)."""
-    tss16 = cpu.tr.type in _TSS16_TYPES and not cpu.features.amd
+    tss16 = cpu.tr.type in TSS16_TYPES and not cpu.features.amd
     if not cpu.cr4 & Cr4.PAE or cpu.segments[CS].l or tss16:
         raise Fault.gp()
 

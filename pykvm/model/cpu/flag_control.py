@@ -9,6 +9,7 @@ from pykvm.model.cpu.flags import AF, CF, DF, IF, PF, SF, ZF
 from pykvm.model.cpu.implicit import require
 from pykvm.model.cpu.instruction import RAX
 from pykvm.model.cpu.semantics import semantics
+from pykvm.model.cpu.state import SHADOW_STI
 from pykvm.x86.bits import Cr4, Rflags
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 _IN_AH: Final = SF | ZF | AF | PF | CF
 _VIF: Final = int(Rflags.VIF)
 _VIP: Final = int(Rflags.VIP)
-SHADOW_STI: Final = 1
 
 
 @semantics("clc")

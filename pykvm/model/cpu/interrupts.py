@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 from pykvm.machine.exits import InternalError
 from pykvm.model.cpu import gates
 from pykvm.model.cpu.faults import Fault, NeedInput, TripleFault
+from pykvm.model.cpu.state import SHADOW_SS
 from pykvm.x86.bits import Rflags
 from pykvm.x86.exceptions import Vector
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 _IF: Final = int(Rflags.IF)
 _RF: Final = int(Rflags.RF)
-_SHADOW_SS: Final = 2
 _HIT: Final = 0xF  # DR6.B3-B0
 _DR6_ONES: Final = 0xFFFF0FF0
 _GENERAL_DETECT: Final = 1 << 13  # DR7.GD
@@ -37,7 +37,7 @@ def take_event(cpu: Processor) -> bool:
         vector, cpu.injected_interrupt = cpu.injected_interrupt, None
         _interrupt(cpu, vector)
         return True
-    if cpu.shadow & _SHADOW_SS:
+    if cpu.shadow & SHADOW_SS:
         return False
     if cpu.pending_debug:
         dr6, cpu.pending_debug = cpu.pending_debug, 0

@@ -12,6 +12,7 @@ from pykvm.model.bus import Bus
 from pykvm.model.cpu import decode, instructions, interrupts
 from pykvm.model.cpu.access import MemoryAccess
 from pykvm.model.cpu.faults import Fault, NeedInput, TripleFault
+from pykvm.model.cpu.features import Features
 from pykvm.model.cpu.instruction import Instruction
 from pykvm.model.cpu.translator.core import Translator
 from pykvm.model.paging import Access
@@ -28,10 +29,6 @@ _TF: Final = int(Rflags.TF)
 _RF: Final = int(Rflags.RF)
 _VM_AND_AC: Final = int(Rflags.VM | Rflags.AC)
 
-SHADOW_STI: Final = 1
-SHADOW_SS: Final = 2
-"""After STI no interrupt, after MOV SS and POP SS no debug trap either (SDM vol. 3, 6.8.3)."""
-
 
 class Processor(MemoryAccess):
     """An x86 processor on a bus.
@@ -42,12 +39,10 @@ class Processor(MemoryAccess):
 
     def __init__(self, bus: Bus, cpuid: Sequence[CpuidEntry], *, translate: bool = True) -> None:
         super().__init__(bus, cpuid)
-        self._decoders = {bits: decode.Decoder(bits, amd=self.features.amd) for bits in (16, 32, 64)}
         self.instructions = 0
         """How many instructions completed."""
         self.translated = 0
         """How many of them as translated code."""
-        self.halted = False
         self.shut_down = False
         self.shadow = 0
         """The interrupt shadow over the coming instruction."""
@@ -70,6 +65,7 @@ class Processor(MemoryAccess):
         self._saved = self._snapshot()
         self._fetched: dict[int, tuple[int, memoryview, Instruction]] = {}
         """By RIP: epoch, the bytes in memory, and what they were when they were decoded."""
+        self.set_cpuid(cpuid)
         self._translator = Translator(self) if translate and sys.byteorder == "little" else None
 
     # --- instructions ------------------------------------------------------------------------------------
@@ -172,7 +168,6 @@ class Processor(MemoryAccess):
         self.commit()
         self.rip = self.next_rip
         self.shadow = 0
-        self.halted = False
         self.pending_debug |= self.debug_hits
         self.debug_hits = 0
 
@@ -197,6 +192,13 @@ class Processor(MemoryAccess):
             mode_changed = True
         if mode_changed:
             self.update_mode()
+
+    def set_cpuid(self, leaves: Sequence[CpuidEntry]) -> None:
+        """Have other leaves, and the features that they tell of."""
+        self.cpuid = tuple(leaves)
+        self.features = Features.of(self.cpuid)
+        self._decoders = {bits: decode.Decoder(bits, amd=self.features.amd) for bits in (16, 32, 64)}
+        self.flush_tlb()
 
     # --- fetching ----------------------------------------------------------------------------------------
 

@@ -21,13 +21,12 @@ from pykvm.model.cpu.faults import Fault
 from pykvm.model.cpu.flags import MASK
 from pykvm.model.cpu.instruction import CS, DS, ES, FS, GS, RSP, SS, Memory, SegmentRegister
 from pykvm.model.cpu.semantics import semantics
+from pykvm.model.cpu.state import SHADOW_SS
 from pykvm.x86.registers import Segment
 
 if TYPE_CHECKING:
     from pykvm.model.cpu.instruction import Instruction
     from pykvm.model.cpu.processor import Processor
-
-_SHADOW_SS: Final = 2
 
 
 def load_segment(cpu: Processor, number: int, selector: int) -> None:
@@ -100,7 +99,7 @@ def mov_sreg(cpu: Processor, insn: Instruction) -> None:
         raise Fault.ud()
     load_segment(cpu, number, source.read(cpu) & 0xFFFF)
     if number == SS:
-        cpu.next_shadow = _SHADOW_SS
+        cpu.next_shadow = SHADOW_SS
 
 
 @semantics("push_sreg")
@@ -124,7 +123,7 @@ def pop_sreg(cpu: Processor, insn: Instruction) -> None:
     number = _segment_number(insn, 0)
     load_segment(cpu, number, cpu.pop(insn.operand_size) & 0xFFFF)
     if number == SS:
-        cpu.next_shadow = _SHADOW_SS
+        cpu.next_shadow = SHADOW_SS
 
 
 _FAR_LOADS: Final = {"lds": DS, "les": ES, "lfs": FS, "lgs": GS, "lss": SS}

@@ -7,10 +7,14 @@ from typing import Final, NamedTuple
 
 from pykvm.model.cpu.features import Features
 from pykvm.model.cpu.flags import MASK
-from pykvm.model.cpu.instruction import CS, DS, ES, FS, GS, SS
+from pykvm.model.cpu.instruction import CS, FS, GS, SS
 from pykvm.x86.bits import Cr0, Cr4, Efer, Rflags
 from pykvm.x86.cpuid import CpuidEntry
 from pykvm.x86.registers import DescriptorTable, Registers, Segment, SpecialRegisters
+
+SHADOW_STI: Final = 1
+SHADOW_SS: Final = 2
+"""After STI no interrupt, after MOV SS and POP SS no debug trap either (SDM vol. 3, 6.8.3)."""
 
 SEGMENT_NAMES: Final = ("es", "cs", "ss", "ds", "fs", "gs")
 _TOP: Final = MASK[8]
@@ -215,6 +219,3 @@ class State:
         if value.pdptrs is not None:
             self.pdptrs = value.pdptrs
         self.update_mode()
-
-
-__all__ = ["CS", "DS", "ES", "FS", "GS", "SEGMENT_NAMES", "SS", "X87", "State", "Window"]

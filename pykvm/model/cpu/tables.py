@@ -21,13 +21,8 @@ _TOP: Final = 0xFFFFFFFFFFFFFFFF
 
 def require_canonical(cpu: Processor, address: int) -> None:
     """#GP(0) unless the upper bits of ``address`` repeat its sign (SDM vol. 1, 3.3.7.1)."""
-    if not is_canonical(cpu, address):
+    if not cpu.is_canonical(address):
         raise Fault.gp()
-
-
-def is_canonical(cpu: Processor, address: int) -> bool:
-    top = address >> cpu.canonical_shift
-    return top in {0, _TOP >> cpu.canonical_shift}
 
 
 def _memory(insn: Instruction) -> Memory:
