@@ -72,7 +72,7 @@ def _sides(loop: Loop) -> Iterator[tuple[str, Side]]:
             _note("KVM executes CPL 0 natively here, so its emulator is not compared")
     if find_spec("unicorn") is None:
         _note(
-            "unicorn is not installed and not compared; install it with: pip install 'pykvm-harness[bench]'"
+            "unicorn is not installed and not compared; install it with: .venv/bin/pip install -e '.[bench]'"
         )
         return
     yield "unicorn", UnicornSide(loop, TURNS, each=True)
