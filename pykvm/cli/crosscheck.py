@@ -292,7 +292,9 @@ def command(
         f"{plural(run.cases, 'case')} in {run.seconds:.0f} s, {run.unexplained} without an explanation."
     )
     if not run.cases:
-        raise HostError(f"Nothing could be compared here: {'; '.join(run.left_out)}.")
+        raise HostError(
+            "Nothing was compared, since only the model can run these cases here; 'left out' says why."
+        )
     if run.unexplained:
         raise DisagreementError(
             f"{plural(run.unexplained, 'case')} of seed {seed} disagree and no rule explains them; "
