@@ -130,6 +130,14 @@ def test_all_registers(prefix: str, size: int) -> None:
     assert chip.regs[:8] == [value & mask if each != RSP else TOP for each, value in enumerate(values)]
 
 
+def test_the_slot_of_the_stack_pointer_is_not_read() -> None:
+    """It lies across the segment's limit, at SP FFFFh; the next ones wrap (SDM vol. 2, POPA: "skip")."""
+    chip = stack(16)
+    chip.regs[RSP] = 0xFFF3
+    assert chip.do("6661") is None
+    assert chip.regs[RSP] == 0x13
+
+
 def test_frames() -> None:
     """ENTER with nesting copies the display (SDM vol. 2, ENTER, "Operation"); LEAVE undoes it."""
     chip = stack()

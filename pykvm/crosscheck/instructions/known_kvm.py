@@ -102,7 +102,8 @@ def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> 
 )
 def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
     pushes = opcode.code in opcodes("06 0e 16 1e 0fa0 0fa8")
-    return _emulated(case) and pushes and model.vector is other.vector is None
+    within = model.vector is None or model.vector in {Vector.SS, Vector.PF}
+    return _emulated(case) and pushes and within and other.vector is None
 
 
 @known(
@@ -370,13 +371,13 @@ def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> 
 
 
 @known(
-    "KVM's emulator ignores 67 before FXSAVE and FXRSTOR",
+    "KVM's emulator ignores 67, FS and GS before FXSAVE and FXRSTOR",
     "kvm",
-    "the area's address is not cut to 32 bits in 64-bit code",
+    "in 64-bit code the area's address is not cut to 32 bits, and has no segment base",
 )
 def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
     fx = opcode.code == b"\x0f\xae" and opcode.extension in {0, 1}
-    return case.mode == 64 and fx and 0x67 in opcode.prefixes
+    return case.mode == 64 and fx and not {0x64, 0x65, 0x67}.isdisjoint(opcode.prefixes)
 
 
 @known(

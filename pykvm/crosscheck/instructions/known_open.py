@@ -140,3 +140,14 @@ def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> 
 )
 def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
     return model.vector == Vector.GP and 0x38 <= (model.error or 0) < 0x80 and other.vector != Vector.PF
+
+
+@known(
+    "where a far CALL out of 64-bit code pushes",
+    "any",
+    "AMD's processors cut the stack's addresses to 32 bits where the new code is 32-bit code (host); it "
+    "shows with RSP below 16 or beyond 4 GiB",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    far_call = case.mode == 64 and opcode.code == b"\xff" and opcode.extension == 3
+    return far_call and not 16 <= case.registers.rsp < 1 << 32

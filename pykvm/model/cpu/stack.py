@@ -46,11 +46,13 @@ def pusha(cpu: Processor, insn: Instruction) -> None:
 
 @semantics("popa")
 def popa(cpu: Processor, insn: Instruction) -> None:
-    """POPA, POPAD: the same backwards; what is popped for rSP is thrown away."""
+    """POPA, POPAD: the same backwards; the slot of rSP is skipped, not read."""
+    size = insn.operand_size
     for register in range(7, -1, -1):
-        value = cpu.pop(insn.operand_size)
-        if register != RSP:
-            put(cpu, register, insn.operand_size, value)
+        if register == RSP:
+            put(cpu, RSP, cpu.stack_size, cpu.regs[RSP] + size & cpu.stack_mask)
+        else:
+            put(cpu, register, size, cpu.pop(size))
 
 
 @semantics("pushf")
