@@ -26,7 +26,7 @@ def open_system(backend: str = "auto", *, device: str = "/dev/kvm") -> System:
         return _usable_kvm(device)
     except (HostError, KvmError) as error:
         model = ModelSystem()
-        model.description += f" (chosen since there is no usable KVM: {error})"
+        model.description += f" (chosen since there is no usable KVM: {str(error).rstrip('.')})"
         return model
 
 

@@ -289,7 +289,8 @@ def command(
 def _tell(session: Session, board: Board, tracker: Tracker | None, pages: DirtyPages, seconds: float) -> None:
     """What is worth a line after the guest's own output."""
     if tracker is not None:
-        session.note(f"{plural(len(pages), 'page')} written in {seconds_text(seconds)} (by {tracker.name}):")
+        total = f"{plural(len(pages), 'page')} written in {seconds_text(seconds)} (by {tracker.name})"
+        session.note(total + (":" if pages else ""))
         for slot in pages.slots:
             for first, count in pages.runs(slot):
                 session.note(f"  slot {slot}: gfn {first:#x}, {plural(count, 'page')}")
