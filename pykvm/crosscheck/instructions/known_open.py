@@ -39,12 +39,12 @@ def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> 
 
 
 @known(
-    "stores of a faulting ENTER",
+    "stores of a faulting ENTER or PUSHA",
     "any",
-    "an ENTER that faults may have pushed frame pointers already: below the stack pointer, so nobody's data",
+    "what they pushed before the fault may stay in memory: below the stack pointer, so nobody's data",
 )
 def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
-    return opcode.code == b"\xc8" and model.vector == other.vector is not None
+    return opcode.code in {b"\xc8", b"\x60"} and model.vector == other.vector is not None
 
 
 @known(
