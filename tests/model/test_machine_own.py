@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pykvm.errors import CapabilityError, KvmError, RingSizeError, SlotAlignmentError, SlotOverlapError
+from pykvm.guest.boot import BootMode, boot_state
 from pykvm.guest.workloads import WorkloadConfig, WorkloadGuest
 from pykvm.kvm import KvmSystem
 from pykvm.machine import (
@@ -347,6 +348,26 @@ def test_code_changed_through_another_slot_of_its_memory(translate: bool) -> Non
         assert vcpu.run() == Halted()
         registers = vcpu.get_registers()
         assert (registers.rbx, registers.rdx) == (0, 2)  # 200 up, 200 down
+
+
+@pytest.mark.parametrize("translate", [False, True])
+def test_a_copy_onto_itself_through_another_slot_of_its_memory(translate: bool) -> None:
+    # mov ebp, 40 ; turn: mov esi, 0x2000 ; mov edi, 0x12001 ; mov ecx, 100 ; inc ebx ; mov [esi], bl
+    # rep movsb ; dec ebp ; jnz turn ; hlt
+    code = bytes.fromhex("bd28000000 be00200000 bf01200100 b964000000 43 881e f3a4 4d 75e9 f4")
+    with (
+        ModelSystem(translate=translate) as system,
+        system.create_machine() as machine,
+        GuestMemory(1 << 16) as memory,
+    ):
+        machine.create_slot(memory, 0)
+        machine.create_slot(memory, 0x10000)
+        memory.write(0x1000, code)
+        vcpu = machine.create_vcpu()
+        vcpu.set_cpuid(machine.supported_cpuid)
+        boot_state(BootMode.PROTECTED32, entry=0x1000, stack=0x8000).apply(vcpu)
+        assert vcpu.run() == Halted()
+        assert memory.read(0x2000, 102) == bytes([40]) * 101 + b"\0"
 
 
 @pytest.mark.timeout(20)

@@ -38,8 +38,8 @@ def copy(views: Views, source: int, address: int, size: int, count: int) -> int:
     if address % size or source % size:
         raise Leave
     # The elements go one by one: a copy that reads what it wrote is the interpreter's.
-    read = {views.frame(page) for page in range(source // _PAGE, (source + length - 1) // _PAGE + 1)}
-    written = {views.frame(page) for page in range(address // _PAGE, (address + length - 1) // _PAGE + 1)}
+    read = {views.host_page(page) for page in range(source // _PAGE, (source + length - 1) // _PAGE + 1)}
+    written = {views.host_page(page) for page in range(address // _PAGE, (address + length - 1) // _PAGE + 1)}
     if read & written:
         raise Leave
     pieces = [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 if TYPE_CHECKING:
     from pykvm.model.cpu.access import Translations
     from pykvm.model.cpu.processor import Processor
@@ -85,12 +87,13 @@ class Views:
         self.exit_due = False
         """An instruction of translated code was completed with an exit: it is the last one for now."""
 
-    def frame(self, page: int) -> int:
-        """The frame behind a linear page that was read or written before.  Raises Leave."""
-        found = self._translations.read.get(page)
-        if found is None:
-            raise Leave
-        return found >> 12
+    def host_page(self, page: int) -> int:
+        """Where the bytes behind a linear page are in the host: the same for all slots that share them.
+
+        Raises Leave.
+        """
+        address: int = np.frombuffer(self.read1[page], dtype=np.uint8).__array_interface__["data"][0]
+        return address
 
     def allow_writes(self, page: int) -> bool:
         """Have the page in ``write1``, dirty; true where that makes an exit due.  Raises Leave."""
