@@ -7,6 +7,7 @@ whose untouched parts the host does not provide either.
 from __future__ import annotations
 
 import errno
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -111,7 +112,7 @@ class ModelSlot:
         return f"<ModelSlot {self.id} [{self.gpa:#x}, {self.gpa + self.size:#x}) {self.flags!r}{state}>"
 
 
-class MachineMemory:
+class MachineMemory(ABC):
     """The part of a machine that deals with memslots."""
 
     def __init__(self, schedule: Schedule) -> None:
@@ -142,9 +143,9 @@ class MachineMemory:
         """Live slots by id (a read-only view)."""
         return MappingProxyType(self._slots)
 
+    @abstractmethod
     def memory_changed(self) -> None:
         """Slots changed: every processor forgets what it knows of memory."""
-        raise NotImplementedError
 
     # --- frames ------------------------------------------------------------------------------------------
 

@@ -6,16 +6,14 @@ than the SDM says is listed here.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import pytest
 
 from pykvm.kvm import KvmSystem
 from pykvm.machine.exits import Halted, InternalError
-from pykvm.memory import GuestMemory
-from tests.model.chip import SIZE
 from tests.model.flow import DATA, HANDLERS, World
+from tests.model.flow_kvm import ended_on_kvm
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -117,20 +115,7 @@ def _vector(rip: int) -> int | None:
 
 
 def _differences(system: KvmSystem, world: World) -> list[str]:
-    with system.create_machine() as vm, GuestMemory(SIZE) as memory:
-        memory.write(0, bytes(world.memory))
-        vm.create_slot(memory, 0)
-        vcpu = vm.create_vcpu()
-        vcpu.set_cpuid(vm.supported_cpuid)
-        world.special.apic_base = vcpu.get_special_registers().apic_base
-        vcpu.set_special_registers(world.special)
-        vcpu.set_registers(world.registers)
-        timer = threading.Timer(2, vcpu.kick)
-        timer.start()
-        try:
-            exit_ = vcpu.run()
-        finally:
-            timer.cancel()
+    with ended_on_kvm(system, world) as (exit_, vcpu, memory):
         if isinstance(exit_, InternalError):
             pytest.xfail("KVM cannot emulate it")
         theirs = vcpu.get_registers(), vcpu.get_special_registers(), vcpu.get_debug_registers()

@@ -6,7 +6,6 @@ does otherwise than the SDM says is listed here and in docs/kvm-findings.md.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import fields
 
 import pytest
@@ -21,6 +20,7 @@ from pykvm.x86.registers import SEGMENTS, Registers
 from tests.model.chip import SIZE
 from tests.model.flow import World, handler, same_segment
 from tests.model.flow_cases import WORLDS
+from tests.model.flow_kvm import ended_on_kvm
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -74,20 +74,7 @@ _OTHERWISE = {
 
 
 def _on_kvm(system: KvmSystem, world: World) -> tuple[Exit, Registers, SpecialRegisters, bytes]:
-    with system.create_machine() as vm, GuestMemory(SIZE) as memory:
-        memory.write(0, bytes(world.memory))
-        vm.create_slot(memory, 0)
-        vcpu = vm.create_vcpu()
-        vcpu.set_cpuid(vm.supported_cpuid)
-        world.special.apic_base = vcpu.get_special_registers().apic_base
-        vcpu.set_special_registers(world.special)
-        vcpu.set_registers(world.registers)
-        timer = threading.Timer(2, vcpu.kick)
-        timer.start()
-        try:
-            exit_ = vcpu.run()
-        finally:
-            timer.cancel()
+    with ended_on_kvm(system, world) as (exit_, vcpu, memory):
         return exit_, vcpu.get_registers(), vcpu.get_special_registers(), bytes(memory.read(0, SIZE))
 
 

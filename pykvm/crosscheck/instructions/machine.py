@@ -166,7 +166,7 @@ class MachineExecutor:
             return Outcome(Registers(), failure="unsupported")
         except PykvmError:
             raise
-        except Exception as error:
+        except Exception as error:  # a bug of a machine in Python: an outcome, for the campaign goes on
             return self._crashed(error)
         if not isinstance(exit, IoOut):
             return self._failed(exit)

@@ -32,15 +32,14 @@ _X87_ALIASES: Final = {
     (0xDF, 3): (0xDD, 3),  # FSTP
 }
 """Register forms by opcode and reg field that repeat another one (APM vol. 3, table A-15: reserved; host)."""
-_ABSENT: Final = frozenset(
-    """
+_EXTENSIONS: Final = """
     vmread vmwrite vmxon vmxoff vmclear vmptrld vmptrst vmlaunch vmresume vmfunc invept invvpid getsec
     rsm encls enclu enclv vmrun vmload vmsave stgi clgi skinit invlpga xbegin xend xabort xtest
     incsspd incsspq saveprevssp rstorssp wrssd wrssq wrussd wrussq setssbsy clrssbsy
     umonitor umwait tpause monitorx mwaitx ptwrite movdiri movdir64b enqcmd enqcmds
     femms montmul xsha1 xsha256 xstore xcryptecb xcryptcbc xcryptctr xcryptcfb xcryptofb
-    """.split()  # noqa: SIM905
-)
+"""
+_ABSENT: Final = frozenset(_EXTENSIONS.split())
 """Instructions of extensions that the processor never offers (VMX, SVM, SMX, SGX, TSX, CET, WAITPKG, 3DNow!,
 PadLock …): #UD rather than missing semantics."""
 
