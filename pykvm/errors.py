@@ -260,6 +260,33 @@ class DisagreementError(PykvmError):
     exit_status = 13
 
 
+# --- labs ----------------------------------------------------------------------------------------
+
+
+class LabError(HostError):
+    """A lab could not do its work; the command's own failures are its exit status, not this."""
+
+
+class LabTimeoutError(LabError):
+    """The command in the lab did not end within the time it was given."""
+
+    exit_status = 123
+
+
+class LabDiedError(LabError):
+    """The lab ended, or never came up, before its command did: a panic, an emulator's bug, no memory.
+
+    ``diagnosis`` names the cause if the console shows a known one, ``console`` is the kept console log.
+    """
+
+    exit_status = 125
+
+    def __init__(self, message: str, diagnosis: str = "", console: str = "") -> None:
+        super().__init__(message)
+        self.diagnosis = diagnosis
+        self.console = console
+
+
 # --- errno ---------------------------------------------------------------------------------------
 
 _GENERIC_ADVICE = {

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import os
 import sys
 import traceback
-from typing import ClassVar, NoReturn
+from typing import NoReturn
 
 import click
 
 from pykvm import __version__
+from pykvm.cli.lazy import LazyGroup
 from pykvm.cli.session import Session, json_requested
 from pykvm.errors import PykvmError
 
@@ -22,10 +22,9 @@ BROKEN_PIPE_STATUS = 128 + 13
 _OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
-class Commands(click.Group):
-    """Imports a command's module when it is used, so that --help and errors come at once."""
-
-    names: ClassVar[dict[str, str]] = {
+@click.command(
+    cls=LazyGroup,
+    modules={
         "info": "info",
         "guests": "guests",
         "run": "run",
@@ -33,21 +32,9 @@ class Commands(click.Group):
         "migrate": "migrate",
         "crosscheck": "crosscheck",
         "replay": "replay",
-    }
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.names)
-
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in self.names:
-            return None
-        command = importlib.import_module(f"pykvm.cli.{self.names[name]}").command
-        assert isinstance(command, click.Command)
-        return command
-
-
-@click.command(
-    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+        "lab": "lab",
+    },
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(__version__, prog_name="pykvm")
 def cli() -> None:

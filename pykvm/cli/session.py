@@ -77,24 +77,32 @@ def _set(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
     return callback
 
 
-def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that every command takes.  The command gets the Session as its first argument."""
+def debug_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--debug alone.  The command gets the Session as its first argument."""
     command = click.pass_obj(command)
-    command = click.option(
+    return click.option(
         "--debug",
         is_flag=True,
         expose_value=False,
         callback=_set("debug"),
         help="Show the traceback of an unexpected error.",
     )(command)
-    command = click.option(
+
+
+def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--debug and --json, for commands that create no machine.  The command gets the Session as its first argument."""
+    return click.option(
         "--json",
         is_flag=True,
         expose_value=False,
         callback=_set("json"),
         is_eager=True,
         help="Print one JSON object on standard output; everything else goes to standard error.",
-    )(command)
+    )(debug_option(command))
+
+
+def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that creates a machine.  The command gets the Session as its first argument."""
     return click.option(
         "--backend",
         type=click.Choice(["auto", "kvm", "model"]),
@@ -103,7 +111,7 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
         expose_value=False,
         callback=_set("backend"),
         help="The machine to use: real KVM, the reference model, or KVM where it works.",
-    )(command)
+    )(output_options(command))
 
 
 def json_requested(arguments: list[str]) -> bool:

@@ -85,7 +85,20 @@ class CpioWriter:
             raise ValueError(f"{name}: a file of 4 GiB or more does not fit the format")
         encoded = os.fsencode(name) + b"\0"
         self._inode += 1
-        fields = (self._inode, mode, 0, 0, 1, max(mtime, 0) & _LARGEST, len(data), 0, 0, *device, len(encoded), 0)
+        fields = (
+            self._inode,
+            mode,
+            0,
+            0,
+            1,
+            max(mtime, 0) & _LARGEST,
+            len(data),
+            0,
+            0,
+            *device,
+            len(encoded),
+            0,
+        )
         head = b"070701" + b"".join(b"%08X" % field for field in fields) + encoded
         self._output.write(head + b"\0" * (-len(head) % 4))
         self._output.write(data)

@@ -58,6 +58,16 @@ class Emulator(Protocol):
         ...
 
     @property
+    def late(self) -> str:
+        """A shell command that /init runs after the modules are in, for layers that come on a disk; or empty."""
+        ...
+
+    @property
+    def default_memory(self) -> int:
+        """RAM of the guest in MiB if nobody says otherwise."""
+        ...
+
+    @property
     def boot_timeout(self) -> float:
         """Seconds after which a guest that has not started its command is taken for dead."""
         ...

@@ -1,0 +1,304 @@
+"""One boot of a lab: from a command to its exit status, output and files.
+
+Whatever happens, a refusal, Ctrl-C, a time-out, a dead guest, the emulator's process is gone and the run's folder
+removed when ``run`` is left.  If this process itself is killed, the emulator dies with it (``tether``) and the next lab
+removes the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from pykvm.errors import LabDiedError, LabError, LabTimeoutError, UsageError
+from pykvm.lab import layers
+from pykvm.lab.cache import Cache, RunFolder
+from pykvm.lab.channel import BrokenStream, Decoder, Frame
+from pykvm.lab.diagnosis import Diagnosis, diagnose
+from pykvm.lab.emulator import Boot, Emulator, Launch
+from pykvm.lab.init import boot_file
+from pykvm.lab.kernels import PreparedKernel
+from pykvm.lab.kinds import Kind
+from pykvm.lab.toolbox import busybox
+
+_POLL = 0.02  # seconds between two looks at the wire
+_CONSOLE_READ = 1 << 20
+_APPEND = (
+    "console=ttyS0",
+    "panic=-1",
+    "oops=panic",
+    "random.trust_cpu=on",
+    "cryptomgr.notests=1",
+    "loglevel=5",
+    "nokaslr",
+    "mitigations=off",
+)
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What to run where.
+
+    ``timeout`` (seconds) counts from the start of the command, not of the boot.  ``put`` files lie in the working
+    folder of the guest, ``out`` is where the files come that the command leaves in $PYKVM_LAB_OUT.  ``directory`` is
+    the guest's working folder if it is another than /lab/work, ``memory`` is in MiB.
+    """
+
+    kernel: PreparedKernel
+    kind: Kind
+    command: tuple[str, ...]
+    timeout: float
+    put: tuple[Path, ...] = ()
+    out: Path | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    directory: str | None = None
+    memory: int | None = None
+    console: Path | None = None
+
+
+Sink = Callable[[bytes], None]
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """Where things go while the lab runs."""
+
+    stdout: Sink
+    stderr: Sink
+    record: Sink = lambda line: None
+    note: Callable[[str], None] = lambda line: None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How the command ended: its exit status as a shell gives it, on which emulator, in how many seconds."""
+
+    status: int
+    emulator: str
+    slug: str
+    release: str
+    boot_seconds: float
+    seconds: float
+
+
+def run(cache: Cache, emulator: Emulator, spec: RunSpec, sinks: Sinks) -> RunResult:
+    """Boot, run the command, return its status.
+
+    Raises LabTimeoutError if it takes longer than it may, LabDiedError if the lab ends before it, UsageError for a
+    file that cannot be put there.
+    """
+    if not spec.command:
+        raise UsageError("There is no command to run in the lab; write it after '--'.")
+    busy = busybox(cache, sinks.note)
+    wanted = (*emulator.modules, "kvm", spec.kind.module)
+    base, modules = layers.base(cache, spec.kernel, busy, wanted)
+    kept = [base, layers.python(cache), *filter(None, [layers.project(cache)])]
+    with cache.use(*kept), cache.run_folder() as folder:
+        directory = spec.directory or layers.WORK
+        command = json.dumps(
+            {
+                "argv": spec.command,
+                "directory": directory,
+                "out": layers.OUT,
+                "environment": _environment(spec, emulator),
+            }
+        )
+        agent = (sys.executable, "-m", "pykvm.lab.agent", emulator.wire_device)
+        boot_text = boot_file(modules, spec.kind.parameters, agent, emulator.late)
+        last = layers.run(folder.path / "run.cpio", command, boot_text, spec.put)
+        boot = Boot(
+            folder=folder.path,
+            kernel=spec.kernel,
+            layers=(*kept, last),
+            append=(*_APPEND, *(("module.sig_enforce=1",) if spec.kernel.enforce else ())),
+            memory=spec.memory or emulator.default_memory,
+        )
+        return _Session(cache, emulator, spec, sinks, folder, emulator.launch(boot)).run()
+
+
+def _environment(spec: RunSpec, emulator: Emulator) -> dict[str, str]:
+    return {
+        "PATH": f"{sysconfig.get_path('scripts')}:/usr/bin:/usr/sbin",
+        "HOME": "/root",
+        "LANG": "C.UTF-8",
+        "TERM": "dumb",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONUTF8": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYKVM_LAB": spec.kind.name,
+        "PYKVM_LAB_EMULATOR": emulator.slug,
+        "PYKVM_LAB_KERNEL": spec.kernel.release,
+        "PYKVM_LAB_OUT": layers.OUT,
+        "PYKVM_REQUIRE_KVM": "1",
+        **spec.environment,
+    }
+
+
+class _Session:
+    """The emulator's process and what comes from it."""
+
+    def __init__(
+        self, cache: Cache, emulator: Emulator, spec: RunSpec, sinks: Sinks, folder: RunFolder, launch: Launch
+    ) -> None:
+        self._cache = cache
+        self._emulator = emulator
+        self._spec = spec
+        self._sinks = sinks
+        self._folder = folder
+        self._launch = launch
+        self._decoder = Decoder(self._take)
+        self._ready_at: float | None = None
+        self._status: int | None = None
+        self._problem = ""
+        self._files: IO[bytes] | None = None
+
+    def run(self) -> RunResult:
+        started = time.monotonic()
+        errors = self._folder.path / "emulator.log"
+        with errors.open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pykvm.lab.tether", str(os.getpid()), *self._launch.argv],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=None if self._launch.environment is None else {**os.environ, **self._launch.environment},
+                start_new_session=True,  # Ctrl-C is ours to answer
+            )
+        try:
+            with self._launch.wire.open("rb") as wire:
+                self._follow(process, wire, started)
+        finally:
+            _end(process)
+            if self._spec.console is not None and self._launch.console.exists():
+                self._spec.console.write_bytes(self._launch.console.read_bytes())
+        assert self._status is not None
+        assert self._ready_at is not None
+        self._unpack()
+        return RunResult(
+            self._status,
+            self._emulator.name,
+            self._emulator.slug,
+            self._spec.kernel.release,
+            self._ready_at - started,
+            time.monotonic() - self._ready_at,
+        )
+
+    def _follow(self, process: subprocess.Popen[bytes], wire: IO[bytes], started: float) -> None:
+        while self._status is None:
+            ended = process.poll() is not None  # asked before reading, so that the last bytes are read
+            data = wire.read()
+            try:
+                self._decoder.feed(data)
+            except BrokenStream as error:
+                raise self._died(f"what it sent cannot be read ({error})") from None
+            if self._status is not None:
+                return
+            if self._problem:
+                raise self._died(self._problem)
+            if ended and not data:
+                raise self._died()
+            now = time.monotonic()
+            if self._ready_at is None and now - started > self._emulator.boot_timeout:
+                raise self._died(f"it did not start its command within {self._emulator.boot_timeout:.0f} s")
+            if self._ready_at is not None and now - self._ready_at > self._spec.timeout:
+                console = self._keep()
+                raise LabTimeoutError(
+                    f"The command did not end within {self._spec.timeout:g} s in {self._where()}; "
+                    f"give it more with --timeout. The console log is {console}."
+                )
+            if not data:
+                time.sleep(_POLL)
+
+    def _take(self, frame: Frame, payload: bytes) -> None:
+        match frame:
+            case Frame.READY:
+                self._ready_at = time.monotonic()
+                self._check(json.loads(payload))
+            case Frame.STDOUT:
+                self._sinks.stdout(payload)
+            case Frame.STDERR:
+                self._sinks.stderr(payload)
+            case Frame.RECORD:
+                self._sinks.record(payload)
+            case Frame.FILES:
+                if self._files is None:
+                    self._files = tempfile.TemporaryFile(dir=self._folder.path)
+                self._files.write(payload)
+            case Frame.PROBLEM:
+                self._problem = payload.decode(errors="replace")
+            case Frame.EXIT:
+                self._status = int(payload)
+
+    def _check(self, facts: Mapping[str, object]) -> None:
+        """The guest says what it is: hold it against what was asked for."""
+        found = facts.get("parameters")
+        assert isinstance(found, dict)
+        for module, setting in self._spec.kind.parameters.items():
+            for one in setting.split(","):
+                name, _, value = one.partition("=")
+                actual = found.get(module, {}).get(name)
+                if actual is None:
+                    self._problem = (
+                        f"its {module} has no parameter '{name}', so it cannot be {self._spec.kind.name}"
+                    )
+                elif actual not in (value, {"0": "N", "1": "Y"}.get(value)):
+                    self._problem = f"{module}.{name} is {actual} although {value} was asked for"
+
+    def _where(self) -> str:
+        return f"{self._spec.kind.name} with Linux {self._spec.kernel.release} on {self._emulator.name}"
+
+    def _keep(self) -> Path:
+        self._folder.keep(self._launch.console.name, "emulator.log")
+        return self._launch.console
+
+    def _died(self, why: str = "") -> LabDiedError:
+        console = self._keep()
+        text = ""
+        for path in (console, self._folder.path / "emulator.log"):
+            if path.exists():
+                with path.open("rb") as file:
+                    file.seek(max(0, path.stat().st_size - _CONSOLE_READ))
+                    text += file.read().decode(errors="replace")
+        found = (
+            Diagnosis("unknown", why)
+            if why
+            else diagnose(text, self._emulator.slug, self._ready_at is not None)
+        )
+        return LabDiedError(
+            f"The lab {self._where()} died: {found.sentence.rstrip('.')}. The console log is {console}.",
+            found.sentence,
+            str(console),
+        )
+
+    def _unpack(self) -> None:
+        if self._spec.out is None:
+            return
+        try:
+            self._spec.out.mkdir(parents=True, exist_ok=True)
+            if self._files is not None:
+                self._files.seek(0)
+                with tarfile.open(mode="r|gz", fileobj=self._files) as archive:
+                    archive.extractall(self._spec.out, filter="data")
+        except (OSError, tarfile.TarError) as error:
+            raise LabError(f"Cannot write the lab's files to {self._spec.out} ({error}).") from None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """The emulator's whole process group is gone afterwards."""
+    if process.poll() is None:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
