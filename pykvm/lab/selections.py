@@ -1,0 +1,83 @@
+"""Which tests run in a lab: named selections, so that a cell of the matrix takes minutes and not hours.
+
+Python under an emulator is some thirty times slower than outside, and collecting the whole suite takes
+minutes of it.  So a selection names files, and the limits fit the emulator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pykvm.errors import UsageError
+
+REAL_KVM = "kvm and not slow and not lab"
+"""The expression for -m: tests on a real KVM, without the long sweeps and without the tests that start
+labs."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """``paths`` (files, folders or node ids, relative to the checkout) and ``keyword`` (an expression for -k)
+    choose the tests.
+
+    ``timeout`` bounds a whole lab and ``test_timeout`` a single test, in seconds under QEMU; Bochs gets
+    ``BOCHS_FACTOR`` times as long, and the matrix gives it the selection ``under_bochs`` instead.
+    """
+
+    name: str
+    about: str
+    paths: tuple[str, ...]
+    keyword: str = ""
+    timeout: float = 1200
+    test_timeout: float = 240
+    under_bochs: str = ""
+
+
+BOCHS_FACTOR = 4.0
+
+SELECTIONS: Mapping[str, Selection] = {
+    item.name: item
+    for item in (
+        Selection(
+            "smoke",
+            "a dirty log by bitmap and by ring, slots and exits: does KVM work at all",
+            ("tests/kvm/test_traps_slots.py", "tests/kvm/test_dirty_log_fetch.py"),
+            timeout=600,
+        ),
+        Selection(
+            "core",
+            "the rules of KVM's dirty logging, vCPU state, exits, and every tracker",
+            ("tests/kvm", "tests/track"),
+            timeout=1800,
+            under_bochs="smoke",
+        ),
+        Selection(
+            "all",
+            "every test that needs a real KVM",
+            ("tests",),
+            timeout=4 * 3600,
+            test_timeout=600,
+            under_bochs="core",
+        ),
+    )
+}
+
+
+def selection(name: str) -> Selection:
+    """The selection of that name; UsageError names the ones there are."""
+    if name not in SELECTIONS:
+        raise UsageError(f"There is no selection '{name}'; choose one of {', '.join(SELECTIONS)}.")
+    return SELECTIONS[name]
+
+
+def for_vendor(chosen: Selection, vendor: str, *, accelerated: bool = False) -> Selection:
+    """The selection that a host of this vendor gets: a smaller one where Bochs has to emulate VMX."""
+    if vendor == "intel" and not accelerated and chosen.under_bochs:
+        return SELECTIONS[chosen.under_bochs]
+    return chosen
+
+
+def limits(chosen: Selection, vendor: str, *, accelerated: bool = False) -> tuple[float, float]:
+    """Seconds for the whole lab and for one test."""
+    factor = BOCHS_FACTOR if vendor == "intel" and not accelerated else 1.0
+    return chosen.timeout * factor, chosen.test_timeout * factor
