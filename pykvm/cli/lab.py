@@ -22,6 +22,7 @@ from pykvm.cli.lazy import LazyGroup
 def command() -> None:
     """Run anything on real KVM hosts of many kinds, emulated on this machine.
 
-    A lab is a Debian kernel with its own KVM under an emulator: AMD's under QEMU, Intel's under Bochs. It needs neither
-    root nor virtualization, and everything it fetches stays in one folder (PYKVM_LAB_CACHE). See docs/labs.md.
+    A lab is a Debian kernel with its own KVM under an emulator: AMD's under QEMU, Intel's under Bochs. It
+    needs neither root nor virtualization, and everything it fetches stays in one folder (PYKVM_LAB_CACHE).
+    See docs/labs.md.
     """

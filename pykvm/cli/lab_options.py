@@ -33,6 +33,6 @@ def accel_option(command: Command) -> Command:
         type=click.Choice(["auto", "emulate", "kvm"]),
         default="auto",
         show_default=True,
-        help="Emulate the lab's processor, or run it on this machine's KVM (nested virtualization); 'auto' takes KVM "
-        "where it can carry the kind.",
+        help="Emulate the lab's processor, or run it on this machine's KVM (nested virtualization); "
+        "'auto' takes KVM where it can carry the kind.",
     )(command)

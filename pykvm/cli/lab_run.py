@@ -44,6 +44,9 @@ from pykvm.lab.kinds import kind
     help="Folder for what the command leaves in $PYKVM_LAB_OUT.",
 )
 @click.option(
+    "--cd", "directory", metavar="DIR", help="Folder of the lab to start in.  [default: where --put lands]"
+)
+@click.option(
     "--memory", type=click.IntRange(512, 1 << 20), help="RAM of the lab in MiB.  [default: the emulator's]"
 )
 @click.option(
@@ -61,6 +64,7 @@ def command(
     timeout: float,
     put: tuple[Path, ...],
     out: Path | None,
+    directory: str | None,
     memory: int | None,
     console: Path | None,
     accel: Accel,
@@ -68,8 +72,9 @@ def command(
 ) -> None:
     """Boot a lab and run COMMAND in it, with this Python environment and /dev/kvm.
 
-    Output is passed on as it comes, and the exit status is the command's. 123 means that it took longer than --timeout,
-    125 that the lab died. What is not prepared yet is fetched first; after that no network is needed.
+    Output is passed on as it comes, and the exit status is the command's. 123 means that it took longer
+    than --timeout, 125 that the lab died. What is not prepared yet is fetched first; after that no network
+    is needed.
 
         pykvm lab run --kernel 6.1 --kvm amd-npt -- pykvm info
     """
@@ -84,6 +89,7 @@ def command(
         timeout=timeout,
         put=put,
         out=out,
+        directory=directory,
         memory=memory,
         console=console,
         environment={"COLUMNS": str(shutil.get_terminal_size((120, 40)).columns)},

@@ -1,8 +1,8 @@
 """Real KVM hosts of several kinds, booted under an emulator, with a command of ours inside.
 
-A KVM tool tried on one KVM proves little.  Here a Debian kernel with its own ``kvm_amd`` or ``kvm_intel`` runs under
-QEMU's TCG or Bochs, which emulate SVM and VMX in software, so that an ordinary machine has a dozen real KVM hosts.
-``docs/labs.md`` tells how to use them.
+A KVM tool tried on one KVM proves little.  Here a Debian kernel with its own ``kvm_amd`` or ``kvm_intel``
+runs under QEMU's TCG or Bochs, which emulate SVM and VMX in software, so that an ordinary machine has a
+dozen real KVM hosts. ``docs/labs.md`` tells how to use them.
 
     kinds         what kinds of KVM there are
     cache         the folder that holds everything; locks, bounds

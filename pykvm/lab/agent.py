@@ -1,12 +1,14 @@
 """The program in the guest: it runs one command and tells the host everything over the wire.
 
-Started by /init as ``python -m pykvm.lab.agent DEVICE``.  It reads /lab/command.json, runs the command with pipes,
-forwards what comes as frames (``channel``), then the files that the command left in /lab/out, then the exit status.
+Started by /init as ``python -m pykvm.lab.agent DEVICE``.  It reads /lab/command.json, runs the command with
+pipes, forwards what comes as frames (``channel``), then the files that the command left in /lab/out, then
+the exit status.
 """
 
 from __future__ import annotations
 
 import errno
+import gzip
 import io
 import json
 import os
@@ -161,8 +163,9 @@ def send_files(folder: Path, send: Callable[[Frame, bytes], None]) -> None:
     """What is below ``folder``, as a tar stream; nothing if it is empty."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    with tarfile.open(mode="w|gz", fileobj=_FramedFile(send), compresslevel=1) as archive:
-        archive.add(folder, arcname=".")
+    with gzip.GzipFile(fileobj=_FramedFile(send), mode="wb", compresslevel=1) as packed:
+        with tarfile.open(mode="w|", fileobj=packed) as archive:
+            archive.add(folder, arcname=".")
 
 
 def main(device: str) -> int:

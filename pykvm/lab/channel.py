@@ -1,8 +1,8 @@
 """The wire from guest to host: frames of a kind, a length and that many bytes.
 
-A port of a virtual machine carries bytes without loss, so a frame needs no checksum; a mark at its start tells a
-broken stream (a guest that wrote to the port by itself) from a slow one.  The same file runs in the guest, on the
-standard library alone.
+A port of a virtual machine carries bytes without loss, so a frame needs no checksum; a mark at its start
+tells a broken stream (a guest that wrote to the port by itself) from a slow one.  The same file runs in the
+guest, on the standard library alone.
 """
 
 from __future__ import annotations

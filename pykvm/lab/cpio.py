@@ -1,8 +1,8 @@
 """Archives that the kernel unpacks as its first file system.
 
-The format is "newc" of Documentation/driver-api/early-userspace/buffer-format.rst: a header of 110 ASCII characters,
-the name, the data, each padded to four bytes.  The kernel unpacks any number of them one after the other, and the last
-file of a name wins, which is why a lab's system is made of layers.
+The format is "newc" of Documentation/driver-api/early-userspace/buffer-format.rst: a header of 110 ASCII
+characters, the name, the data, each padded to four bytes.  The kernel unpacks any number of them one after
+the other, and the last file of a name wins, which is why a lab's system is made of layers.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _LARGEST = 0xFFFF_FFFF
 class CpioWriter:
     """Writes one archive to a binary file; a context manager that ends it with the trailer.
 
-    Names are absolute paths in the guest.  Parent folders come by themselves, and a name that is there already is left
-    as it is.  Owner is root.  Files keep their modification time in whole seconds, since Python trusts compiled
-    bytecode by it.
+    Names are absolute paths in the guest.  Parent folders come by themselves, and a name that is there
+    already is left as it is.  Owner is root.  Files keep their modification time in whole seconds, since
+    Python trusts compiled bytecode by it.
     """
 
     def __init__(self, output: BinaryIO) -> None:
@@ -59,7 +59,7 @@ class CpioWriter:
         self._add(name, stat.S_IFCHR | mode, b"", 0, (major, minor))
 
     def copy(self, source: Path, name: str | None = None) -> None:
-        """A file, folder (without what is in it) or link of this machine; other kinds of file are left out."""
+        """A file, folder (without what is in it) or link of this machine; other kinds are left out."""
         name = str(source) if name is None else name
         found = source.lstat()
         mode = stat.S_IMODE(found.st_mode)

@@ -1,7 +1,8 @@
-"""Why a lab died, read off its console: the guest kernel's fault, the emulator's, or memory that did not suffice.
+"""Why a lab died, read off its console: the guest kernel's fault, the emulator's, or memory that did not
+suffice.
 
-A bug of the emulator must not be blamed on KVM, and a bug of KVM must not be put down to the emulator, so each rule
-names its evidence, and what no rule matches is said to be unexplained.
+A bug of the emulator must not be blamed on KVM, and a bug of KVM must not be put down to the emulator, so
+each rule names its evidence, and what no rule matches is said to be unexplained.
 """
 
 from __future__ import annotations
@@ -60,9 +61,14 @@ _RULES = (
     _rule(
         "emulator",
         r"(?:text_poke|smp_text_poke|alternative|jump_label)[\s\S]{0,400}?(?:invalid opcode|Oops|BUG)",
-        "its kernel crashed while patching its own text, a known fault of emulated processors that KVM has no part in",
+        "its kernel crashed while patching its own text, a known fault of emulated processors, not of KVM",
         "qemu-tcg",
         "bochs",
+    ),
+    _rule(
+        "unknown",
+        r"(?P<detail>[^\n\r]*)[\r\n]+pykvm: the agent ended with [1-9]",
+        "pykvm's own agent in the guest failed ({detail})",
     ),
     _rule("kernel", r"Kernel panic - not syncing: (?P<detail>[^\n\r]*)", "its kernel panicked: {detail}"),
     _rule("kernel", r"BUG: (?P<detail>[^\n\r]*)", "its kernel reported a bug: {detail}"),
@@ -72,7 +78,10 @@ _KVM_FRAME = re.compile(r"\b(?:kvm|svm|vmx|tdp_mmu|mmu_)\w*\+0x|\[kvm(?:_amd|_in
 
 
 def diagnose(console: str, slug: str, running: bool) -> Diagnosis:
-    """The cause that ``console`` shows under the emulator ``slug``; ``running``: whether its command had started."""
+    """The cause that ``console`` shows under the emulator ``slug``.
+
+    ``running``: whether the command had started.
+    """
     for rule in _RULES:
         if rule.emulators and slug not in rule.emulators:
             continue

@@ -26,7 +26,7 @@ class Boot:
 
 @dataclass(frozen=True)
 class Launch:
-    """A process to start.  ``console`` and ``wire`` are files that the emulator appends to while the guest runs."""
+    """A process to start; ``console`` and ``wire`` are files that it appends to while the guest runs."""
 
     argv: tuple[str, ...]
     console: Path
@@ -59,7 +59,7 @@ class Emulator(Protocol):
 
     @property
     def late(self) -> str:
-        """A shell command that /init runs after the modules are in, for layers that come on a disk; or empty."""
+        """A shell command for /init after the modules, for layers that come on a disk; or empty."""
         ...
 
     @property

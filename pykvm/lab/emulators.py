@@ -18,16 +18,22 @@ Accel = Literal["auto", "emulate", "kvm"]
 def choose(cache: Cache, kind: Kind, accel: Accel, note: Callable[[str], None]) -> Emulator:
     """The emulator for ``kind``, prepared if it was not.
 
-    ``auto`` takes the machine's own KVM where that lets a guest have the vendor's virtualization, and emulates
-    elsewhere: AMD's under QEMU's TCG, Intel's under Bochs.  HostError if ``kvm`` is asked for and not to be had.
+    ``auto`` takes the machine's own KVM where that lets a guest have the vendor's virtualization, and
+    emulates elsewhere: AMD's under QEMU's TCG, Intel's under Bochs.  HostError if ``kvm`` is asked for and
+    not to be had.
     """
     why = why_not_kvm(kind)
     if accel == "kvm" and why:
         raise HostError(f"The lab cannot run on KVM: {why}; use --accel emulate.")
     if accel == "kvm" or (accel == "auto" and not why):
-        return Qemu(*qemu(cache, note), "kvm")
+        return _qemu(cache, "kvm", note)
     if kind.vendor == "amd":
-        return Qemu(*qemu(cache, note), "tcg")
+        return _qemu(cache, "tcg", note)
     from pykvm.lab.bochs import bochs  # only Intel's kinds need it
 
     return bochs(cache, note)
+
+
+def _qemu(cache: Cache, accel: Literal["tcg", "kvm"], note: Callable[[str], None]) -> Qemu:
+    argv, version = qemu(cache, note)
+    return Qemu(argv, version, accel)

@@ -1,8 +1,9 @@
-"""The Python environment that runs now, as a list of files: interpreter, standard library, packages, shared libraries.
+"""The Python environment that runs now, as a list of files: interpreter, standard library, packages, shared
+libraries.
 
-A lab has the same files at the same absolute paths, so that scripts' first lines, editable installs and compiled
-bytecode go on working.  Only what pykvm and its tests need is taken: the installed distributions that pykvm's own
-metadata leads to, not all of site-packages.
+A lab has the same files at the same absolute paths, so that scripts' first lines, editable installs and
+compiled bytecode go on working.  Only what pykvm and its tests need is taken: the installed distributions
+that pykvm's own metadata leads to, not all of site-packages.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def distributions() -> list[importlib.metadata.Distribution]:
         except importlib.metadata.PackageNotFoundError:
             if name == DISTRIBUTION:
                 raise HostError(
-                    "A lab runs the Python environment that pykvm is installed in, and it is not installed here; "
+                    "A lab runs the Python environment that pykvm is installed in, and here it is not; "
                     "start ./scripts/test once, or install it with pip."
                 ) from None
             continue  # an optional one, or one for another platform
@@ -198,7 +199,7 @@ def shared_libraries(files: Iterable[Path]) -> list[Path]:
 
 
 def merged(path: Path) -> str:
-    """The name of a file of the system where /lib, /lib64 and /bin are links into /usr, as they are in a lab."""
+    """A system file's name where /lib, /lib64 and /bin are links into /usr, as they are in a lab."""
     name = os.path.join(os.path.realpath(path.parent), path.name)
     return (
         name if name.startswith("/usr/") or not name.startswith(("/lib", "/bin", "/sbin")) else f"/usr{name}"

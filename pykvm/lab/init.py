@@ -39,7 +39,8 @@ poweroff -f
 """
 
 BASE_FOLDERS: Sequence[str] = (
-    "/usr/bin", "/usr/sbin", "/usr/lib", "/usr/lib64", "/dev", "/proc", "/sys", "/run", "/tmp", "/root", "/etc", "/lab"
+    "/usr/bin", "/usr/sbin", "/usr/lib", "/usr/lib64",
+    "/dev", "/proc", "/sys", "/run", "/tmp", "/root", "/etc", "/lab",
 )  # fmt: skip
 BASE_LINKS: Mapping[str, str] = {
     "/bin": "usr/bin",
@@ -58,9 +59,10 @@ BASE_FILES: Mapping[str, tuple[str, int]] = {
 def boot_file(
     modules: Sequence[str], parameters: Mapping[str, str], agent: Sequence[str], late: str = ""
 ) -> str:
-    """The text of /lab/boot: modules in load order with their parameters (``a=1,b=2``), the agent's command line.
+    """The text of /lab/boot: modules in load order with their parameters (``a=1,b=2``), the agent's command.
 
-    ``late`` is a shell command between the modules and the agent, for layers that an emulator brings on a disk.
+    ``late`` is a shell command between the modules and the agent, for layers that come on a disk.
     """
     entries = [f"{name}:{parameters.get(name, '')}" for name in modules]
-    return f"MODULES={shlex.quote(' '.join(entries))}\nLATE={shlex.quote(late)}\nAGENT={shlex.quote(shlex.join(agent))}\n"
+    values = {"MODULES": " ".join(entries), "LATE": late, "AGENT": shlex.join(agent)}
+    return "".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items())

@@ -15,8 +15,8 @@ Vendor = Literal["amd", "intel"]
 class Kind:
     """One way to load KVM.
 
-    ``parameters`` maps a module (``kvm``, ``kvm_amd``, ``kvm_intel``) to the parameters that make it this kind; what is
-    not named keeps the kernel's default.
+    ``parameters`` maps a module (``kvm``, ``kvm_amd``, ``kvm_intel``) to the parameters that make it this
+    kind; what is not named keeps the kernel's default.
     """
 
     name: str
@@ -35,10 +35,22 @@ KINDS: Mapping[str, Kind] = {
     for kind in (
         Kind("amd-npt", "amd", "nested paging, TDP MMU", {}),
         Kind("amd-shadow", "amd", "shadow paging (kvm_amd.npt=0)", {"kvm_amd": "npt=0"}),
-        Kind("amd-npt-oldmmu", "amd", "nested paging, older MMU with rmaps (kvm.tdp_mmu=0)", {"kvm": "tdp_mmu=0"}),
+        Kind(
+            "amd-npt-oldmmu",
+            "amd",
+            "nested paging, older MMU with rmaps (kvm.tdp_mmu=0)",
+            {"kvm": "tdp_mmu=0"},
+        ),
         Kind("intel-ept", "intel", "EPT with A/D bits and PML", {}),
-        Kind("intel-ept-nopml", "intel", "EPT with A/D bits, no PML (kvm_intel.pml=0)", {"kvm_intel": "pml=0"}),
-        Kind("intel-ept-noad", "intel", "EPT without A/D bits or PML (kvm_intel.eptad=0)", {"kvm_intel": "eptad=0"}),
+        Kind(
+            "intel-ept-nopml", "intel", "EPT with A/D bits, no PML (kvm_intel.pml=0)", {"kvm_intel": "pml=0"}
+        ),
+        Kind(
+            "intel-ept-noad",
+            "intel",
+            "EPT without A/D bits or PML (kvm_intel.eptad=0)",
+            {"kvm_intel": "eptad=0"},
+        ),
         Kind("intel-shadow", "intel", "shadow paging (kvm_intel.ept=0)", {"kvm_intel": "ept=0"}),
     )
 }

@@ -80,7 +80,7 @@ def _applets(busybox: Path) -> list[str]:
         done = subprocess.run([busybox, "--list"], capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         raise HostError(
-            f"busybox of the lab cannot run here ({error}); run 'pykvm lab clean --tools' and prepare it again."
+            f"The lab's busybox cannot run here ({error}); run 'pykvm lab clean --tools' and try again."
         ) from None
     return done.stdout.split()
 
@@ -134,7 +134,7 @@ def _add_all(archive: CpioWriter, files: Sequence[Path]) -> None:
 
 
 def run(target: Path, command: str, boot: str, put: Sequence[Path]) -> Path:
-    """The layer of one run: ``command`` (JSON for the agent), ``boot`` (for /init), ``put`` in the working folder."""
+    """The layer of one run: ``command`` (JSON for the agent), ``boot`` (for /init), the ``put`` files."""
     names: set[str] = set()
     with target.open("wb") as output, CpioWriter(output) as archive:
         archive.folder(WORK)

@@ -1,7 +1,7 @@
 """Kernel modules: which ones a module needs, in the order in which they load.
 
-The guest has no depmod and its busybox insmod reads no compressed files, so this is settled outside: the ``depends=``
-field of each module's ``.modinfo`` section, followed to the end.
+The guest has no depmod and its busybox insmod reads no compressed files, so this is settled outside: the
+``depends=`` field of each module's ``.modinfo`` section, followed to the end.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _contents(path: Path) -> bytes:
 
 
 def modinfo(module: bytes) -> Iterator[tuple[str, str]]:
-    """The fields of ``.modinfo``: NUL-terminated ``key=value`` strings.  ELF64 little-endian as x86 has it."""
+    """The fields of ``.modinfo``, NUL-terminated ``key=value`` strings, of an ELF64 little-endian file."""
     (sections_at,) = struct.unpack_from("<Q", module, 40)
     entry, count, names = struct.unpack_from("<HHH", module, 58)
     headers = [struct.unpack_from("<IIQQQQ", module, sections_at + entry * number) for number in range(count)]
@@ -67,8 +67,8 @@ def modinfo(module: bytes) -> Iterator[tuple[str, str]]:
 def closure(folder: Path, wanted: Iterable[str]) -> list[Module]:
     """``wanted`` modules below ``folder`` and all they depend on, each after what it needs.
 
-    A wanted module that has no file is taken to be built into the kernel (virtio is, from 6.12 on) and left out.
-    HostError if a dependency is missing.
+    A wanted module that has no file is taken to be built into the kernel (virtio is, from 6.12 on) and left
+    out. HostError if a dependency is missing.
     """
     files = {_canonical(path.name): path for path in sorted(folder.rglob("*.ko*"))}
     found: dict[str, Module] = {}

@@ -1,7 +1,7 @@
 """QEMU as a lab's emulator: TCG, which emulates SVM, or KVM where the host lets its guests have VMX or SVM.
 
-One processor: under TCG with two a guest kernel was seen to crash while patching its own text, and time under emulation
-is no more parallel for it.  The wire is a virtio-serial port backed by a file.
+One processor: under TCG with two a guest kernel was seen to crash while patching its own text, and time
+under emulation is no more parallel for it.  The wire is a virtio-serial port backed by a file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ _PORT = "pykvm.wire"
 def nested_vendor(
     cpuinfo: Path = Path("/proc/cpuinfo"), modules: Path = Path("/sys/module")
 ) -> Vendor | None:
-    """Whose virtualization a KVM guest of this machine could have: /dev/kvm usable, the flag there, nesting on."""
+    """Whose virtualization a KVM guest of this machine could have, or None.
+
+    /dev/kvm must be usable, the processor have the flag, the vendor's module nest.
+    """
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return None
     try:
@@ -97,7 +100,8 @@ class Qemu:
         processor = "host" if self.accel == "kvm" else "max,+svm"
         argv = (
             *self.argv, "-no-user-config", "-nodefaults", "-display", "none", "-no-reboot",
-            "-machine", f"pc,accel={self.accel},usb=off", "-cpu", processor, "-smp", "1", "-m", f"{boot.memory}M",
+            "-machine", f"pc,accel={self.accel},usb=off", "-cpu", processor, "-smp", "1",
+            "-m", f"{boot.memory}M",
             "-kernel", str(boot.kernel.image), "-initrd", str(initrd), "-append", " ".join(boot.append),
             "-chardev", f"file,id=console,path={_escaped(console)}", "-serial", "chardev:console",
             "-device", "virtio-serial-pci", "-chardev", f"file,id=wire,path={_escaped(wire)}",

@@ -1,12 +1,13 @@
 """One boot of a lab: from a command to its exit status, output and files.
 
-Whatever happens, a refusal, Ctrl-C, a time-out, a dead guest, the emulator's process is gone and the run's folder
-removed when ``run`` is left.  If this process itself is killed, the emulator dies with it (``tether``) and the next lab
-removes the folder.
+Whatever happens, a refusal, Ctrl-C, a time-out, a dead guest, the emulator's process is gone and the run's
+folder removed when ``run`` is left.  If this process itself is killed, the emulator dies with it
+(``tether``) and the next lab removes the folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,6 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +34,7 @@ from pykvm.lab.toolbox import busybox
 
 _POLL = 0.02  # seconds between two looks at the wire
 _CONSOLE_READ = 1 << 20
+_WIRE_READ = 1 << 20
 _APPEND = (
     "console=ttyS0",
     "panic=-1",
@@ -50,9 +51,9 @@ _APPEND = (
 class RunSpec:
     """What to run where.
 
-    ``timeout`` (seconds) counts from the start of the command, not of the boot.  ``put`` files lie in the working
-    folder of the guest, ``out`` is where the files come that the command leaves in $PYKVM_LAB_OUT.  ``directory`` is
-    the guest's working folder if it is another than /lab/work, ``memory`` is in MiB.
+    ``timeout`` (seconds) counts from the start of the command, not of the boot.  ``put`` files lie in the
+    working folder of the guest, ``out`` is where the files come that the command leaves in $PYKVM_LAB_OUT.
+    ``directory`` is the guest's working folder if it is another than /lab/work, ``memory`` is in MiB.
     """
 
     kernel: PreparedKernel
@@ -95,8 +96,8 @@ class RunResult:
 def run(cache: Cache, emulator: Emulator, spec: RunSpec, sinks: Sinks) -> RunResult:
     """Boot, run the command, return its status.
 
-    Raises LabTimeoutError if it takes longer than it may, LabDiedError if the lab ends before it, UsageError for a
-    file that cannot be put there.
+    Raises LabTimeoutError if it takes longer than it may, LabDiedError if the lab ends before it,
+    UsageError for a file that cannot be put there.
     """
     if not spec.command:
         raise UsageError("There is no command to run in the lab; write it after '--'.")
@@ -161,7 +162,7 @@ class _Session:
         self._ready_at: float | None = None
         self._status: int | None = None
         self._problem = ""
-        self._files: IO[bytes] | None = None
+        self._files = folder.path / "files.tar.gz"
 
     def run(self) -> RunResult:
         started = time.monotonic()
@@ -195,17 +196,17 @@ class _Session:
         )
 
     def _follow(self, process: subprocess.Popen[bytes], wire: IO[bytes], started: float) -> None:
-        while self._status is None:
+        while not self._done():
             ended = process.poll() is not None  # asked before reading, so that the last bytes are read
-            data = wire.read()
+            data = wire.read(_WIRE_READ)
             try:
                 self._decoder.feed(data)
             except BrokenStream as error:
                 raise self._died(f"what it sent cannot be read ({error})") from None
-            if self._status is not None:
-                return
             if self._problem:
                 raise self._died(self._problem)
+            if self._done():
+                return
             if ended and not data:
                 raise self._died()
             now = time.monotonic()
@@ -220,6 +221,9 @@ class _Session:
             if not data:
                 time.sleep(_POLL)
 
+    def _done(self) -> bool:
+        return self._status is not None
+
     def _take(self, frame: Frame, payload: bytes) -> None:
         match frame:
             case Frame.READY:
@@ -232,9 +236,8 @@ class _Session:
             case Frame.RECORD:
                 self._sinks.record(payload)
             case Frame.FILES:
-                if self._files is None:
-                    self._files = tempfile.TemporaryFile(dir=self._folder.path)
-                self._files.write(payload)
+                with self._files.open("ab") as file:
+                    file.write(payload)
             case Frame.PROBLEM:
                 self._problem = payload.decode(errors="replace")
             case Frame.EXIT:
@@ -286,9 +289,8 @@ class _Session:
             return
         try:
             self._spec.out.mkdir(parents=True, exist_ok=True)
-            if self._files is not None:
-                self._files.seek(0)
-                with tarfile.open(mode="r|gz", fileobj=self._files) as archive:
+            if self._files.exists():
+                with tarfile.open(self._files) as archive:
                     archive.extractall(self._spec.out, filter="data")
         except (OSError, tarfile.TarError) as error:
             raise LabError(f"Cannot write the lab's files to {self._spec.out} ({error}).") from None
@@ -297,8 +299,6 @@ class _Session:
 def _end(process: subprocess.Popen[bytes]) -> None:
     """The emulator's whole process group is gone afterwards."""
     if process.poll() is None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
