@@ -33,12 +33,24 @@ def _new(capacity: int) -> CData:
     return ffi.new("struct pykvm_cpuid2 *", {"nent": capacity, "entries": capacity})
 
 
+_UNTOUCHED = 0xFFFFFFFF
+"""As the flags of an entry: KVM has not filled it (it knows three flags)."""
+
+
 def _read(owner: Managed, request: int, operation: str) -> tuple[CpuidEntry, ...]:
-    """All leaves that an ioctl gives, with a buffer as large as KVM ever fills."""
+    """All leaves that an ioctl gives, with a buffer as large as KVM ever fills.
+
+    Older kernels' KVM_GET_CPUID2 (6.1) leaves ``nent`` as it was, so what it did not fill is told by a mark.
+    """
     table = _new(MAX_ENTRIES)
+    for entry in table.entries:
+        entry.flags = _UNTOUCHED
     owner.ioctl(request, table, operation)
+    filled = (table.entries[i] for i in range(table.nent))
     return tuple(
-        CpuidEntry(*(getattr(table.entries[i], field) for field in _FIELDS)) for i in range(table.nent)
+        CpuidEntry(*(getattr(entry, field) for field in _FIELDS))
+        for entry in filled
+        if entry.flags != _UNTOUCHED
     )
 
 

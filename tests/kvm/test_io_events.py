@@ -13,6 +13,7 @@ from pykvm.kvm import KvmVm
 from pykvm.kvm.ioevents import CoalescedWrite
 from pykvm.machine import IoIn, IoOut, MmioRead, MmioWrite
 from pykvm.memory import PAGE_SIZE
+from tests.kernels import kernel
 
 from .tiny import TABLES, Tiny, done
 
@@ -129,12 +130,17 @@ def test_a_read_and_a_write_across_the_end_exit(guest: Tiny) -> None:
 
 
 def test_a_full_queue_exits_and_nothing_is_lost(guest: Tiny) -> None:
-    """(4096 - 8) / 24 = 170 entries, of which one stays free to tell full from empty."""
+    """(4096 - 8) / 24 = 170 entries, of which one stays free to tell full from empty.
+
+    Before Linux 6.12 the queue counts as full at 2^32 mod 170 = 86 entries less one, too: the distance of its
+    two indices is taken modulo 170 after it wrapped modulo 2^32 (92f6d4130497 mends it).
+    """
     guest.vm.register_coalesced(HOLE, 8)
-    assert guest.run(COUNT_DOWN, rdi=HOLE, rcx=400) == MmioWrite(HOLE, (400 - 169).to_bytes(8, "little"))
-    values = [400 - 169]
+    first = guest.run(COUNT_DOWN, rdi=HOLE, rcx=400)
     queued = guest.vcpu.drain_coalesced()
-    assert len(queued) == 169
+    assert len(queued) in ((169,) if kernel() >= (6, 12) else (85, 169))
+    values = [400 - len(queued)]
+    assert first == MmioWrite(HOLE, values[0].to_bytes(8, "little"))
     exit_ = guest.vcpu.run()
     while isinstance(exit_, MmioWrite):
         queued += guest.vcpu.drain_coalesced()

@@ -37,6 +37,8 @@ TSC = 0x10
 CLOCKS = {TSC, 0x4000_0010, 0x4000_0020}
 """MSRs that go on by themselves: the TSC and, where KVM has Hyper-V's, its run time and reference time."""
 LSTAR = 0xC0000082
+XSTATE_BV = slice(512, 520)
+"""In an XSAVE area: which components are not in their initial state (SDM vol. 1, 13.4.2)."""
 
 
 @pytest.fixture
@@ -83,6 +85,26 @@ def hand_over(source: Tiny, destination: Tiny) -> None:
     destination.vcpu.load_state(through_json(source.vcpu.save_state()))
     machine = json.loads(json.dumps(source.vm.save_state().to_json()))
     destination.vm.load_state(MachineState.from_json(machine))
+
+
+def _in_use(state: VcpuState) -> int:
+    return int.from_bytes(state.xsave[XSTATE_BV], "little")
+
+
+def _bits(mask: int) -> list[int]:
+    return [bit for bit in range(64) if mask >> bit & 1]
+
+
+def _initial(state: VcpuState, component: int) -> bool:
+    """Whether a component of the XSAVE area, in its standard format, holds its initial state."""
+    area = state.xsave
+    if component == 0:
+        return area[:2] == b"\x7f\x03" and not any(area[2:24]) and not any(area[32:160])
+    if component == 1:
+        return not any(area[160:416])
+    leaf = find(state.cpuid, 0xD, component)
+    assert leaf is not None
+    return not any(area[leaf.ebx : leaf.ebx + leaf.eax])
 
 
 def linear_congruence(count: int) -> int:
@@ -198,8 +220,13 @@ def test_a_loaded_state_is_the_saved_one(guests: type) -> None:
     again = destination.vcpu.save_state()
     assert len(saved.cpuid) > 5
     assert saved.debug.dr7 == 0x455
-    for field in ("cpuid", "registers", "special", "xsave", "xcrs", "events", "mp_state", "debug", "tsc_khz"):
+    for field in ("cpuid", "registers", "special", "xcrs", "events", "mp_state", "debug", "tsc_khz"):
         assert getattr(again, field) == getattr(saved, field), field
+    assert again.xsave[: XSTATE_BV.start] == saved.xsave[: XSTATE_BV.start]
+    assert again.xsave[XSTATE_BV.stop :] == saved.xsave[XSTATE_BV.stop :]
+    for component in _bits(_in_use(again) ^ _in_use(saved)):
+        # A processor may take a component in its initial state for one in use (SDM vol. 1, 13.6).
+        assert _initial(again, component), f"component {component}"
     ours, theirs = (
         {msr.index: msr.value for msr in state.msrs if msr.index not in CLOCKS} for state in (again, saved)
     )

@@ -7,6 +7,7 @@ import struct
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from pykvm.abi import ffi
 from pykvm.errors import CapabilityError, KvmError, MsrError, UsageError
 from pykvm.kvm import KvmSystem, KvmVm
 from pykvm.kvm.capabilities import Capability
+from pykvm.kvm.cpuid import VcpuCpuid
 from pykvm.kvm.events import MpState
 from pykvm.kvm.registers import fill_sregs, read_sregs
 from pykvm.kvm.tuning import Quirk
@@ -77,6 +79,20 @@ def test_cpuid_is_fixed_by_the_first_run(guest: Tiny) -> None:
     with pytest.raises(KvmError, match="before the first run") as caught:
         guest.vcpu.set_cpuid(fixed[1:])
     assert caught.value.errno == errno.EINVAL
+
+
+def test_leaves_are_counted_where_the_kernel_does_not() -> None:
+    """Linux 6.1 fills the entries of KVM_GET_CPUID2 and leaves their number as the caller set it."""
+
+    class Kernel:
+        def ioctl(self, request: int, argument: Any, operation: str) -> None:
+            for number in (0, 1):
+                for field in ("function", "index", "flags", "eax", "ebx", "ecx", "edx"):
+                    setattr(argument.entries[number], field, number)
+
+    assert VcpuCpuid.get_cpuid(Kernel()) == tuple(  # type: ignore[arg-type]
+        CpuidEntry(*[number] * 7) for number in (0, 1)
+    )
 
 
 def test_cpuid_out_of_range(vm: KvmVm) -> None:

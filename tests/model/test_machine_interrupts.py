@@ -10,6 +10,7 @@ borrow(
     globals(),
     "tests.kvm.test_interrupts",
     without={
+        "test_a_pit_needs_the_interrupt_controllers",
         "test_pit_creation",
         "test_what_needs_controllers_says_so",
         "test_a_processor_that_waits_for_init_is_started",
