@@ -34,13 +34,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A test that takes a real system or VM runs on KVM; slow sweeps only run when -m asks for them."""
+    """A test that takes a real system or VM runs on KVM; sweeps and labs only run when -m asks for them."""
     for item in items:
         backend = item.callspec.params.get("system") if hasattr(item, "callspec") else None
         if backend != "model" and {"system", "vm"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.kvm)
+        for bug in item.iter_markers("emulator_bug"):
+            slug, reason = bug.args
+            if os.environ.get("PYKVM_LAB_EMULATOR") == slug:
+                item.add_marker(pytest.mark.xfail(reason=f"{slug}: {reason}", strict=False))
     if not config.option.markexpr:
-        kept = [item for item in items if item.get_closest_marker("slow") is None]
+        left_out = ("slow", "lab")
+        kept = [item for item in items if not any(map(item.get_closest_marker, left_out))]
         if len(kept) < len(items):
             config.hook.pytest_deselected(items=[item for item in items if item not in kept])
             items[:] = kept

@@ -24,6 +24,7 @@ ROOMS: dict[str, set[str]] = {
     "report": {"machine"},
     "backends": {"errors", "machine", "kvm", "model"},
     "observe": {"errors", "x86", "abi"},
+    "lab": {"errors"},
     "crosscheck": {"errors", "x86", "memory", "machine", "guest", "track", "observe"},
 }
 """Every room and the rooms below it; ``cli`` stands on top and may import all of them."""
