@@ -226,6 +226,10 @@ class Cache:
         cleaned = self._clear(found, dry_run=dry_run)
         return Cleaned(cleaned.freed + leftovers, cleaned.removed, cleaned.in_use)
 
+    def discard(self, paths: Collection[Path]) -> Cleaned:
+        """Remove these entries unless a running lab uses them."""
+        return self._clear(paths, dry_run=False)
+
     def _clear(self, paths: Collection[Path], *, dry_run: bool) -> Cleaned:
         freed, removed, in_use = 0, [], []
         for path in paths:
