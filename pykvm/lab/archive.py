@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import re
+import tarfile
 import time
 import urllib.error
 import urllib.parse
@@ -22,7 +23,7 @@ from typing import Any, Final
 
 from pykvm.errors import HostError
 from pykvm.lab.apt import QUERY_TIMEOUT, Apt, FailedError, reason, run, tool
-from pykvm.lab.cache import Cache, Note, remove, size_of
+from pykvm.lab.cache import ARCHIVE_GATE, Cache, Note, remove, size_of
 
 MIRROR: Final = "http://deb.debian.org/debian"
 SECURITY_MIRROR: Final = "http://deb.debian.org/debian-security"
@@ -170,7 +171,11 @@ class Archive:
                 remove(deb)
 
     def fetch_source(self, name: str, folder: Path) -> Path:
-        """Fetch trixie's source package into ``folder``; returns where it is unpacked, with debian/ in it."""
+        """Fetch the upstream part of trixie's source package into ``folder``; returns where it is unpacked.
+
+        Debian's own changes are left out, and with them the need for dpkg-source and for the .dsc file, whose
+        signature the archive's keyring cannot check: apt has the tarball's sum from the signed lists.
+        """
         self._update("source")
         with self._door():
             folder.mkdir(parents=True, exist_ok=True)
@@ -178,6 +183,7 @@ class Archive:
                 "apt-get",
                 "--quiet",
                 "--download-only",
+                "--tar-only",
                 "source",
                 name,
                 sources="source",
@@ -185,13 +191,14 @@ class Archive:
                 folder=folder,
                 watch=self._teller(f"{name}, source", folder, 0),
             )
-        descriptions = list(folder.glob("*.dsc"))
-        if len(descriptions) != 1:
-            raise HostError(f"apt-get source {name} left no .dsc file; run the command again.")
-        # --no-check: apt has checked the sums, and the archive's keyring lacks the uploader's key.
-        extract = (tool("dpkg-source", "dpkg-dev"), "--no-check", "--extract", str(descriptions[0]))
-        run([*extract, str(folder / "tree")], timeout=_UNPACK_TIMEOUT)
-        return folder / "tree"
+        tarballs = list(folder.glob("*.orig.tar.*"))
+        if len(tarballs) != 1:
+            raise HostError(f"apt-get source {name} left no tarball; run the command again.")
+        with tarfile.open(tarballs[0]) as archive:
+            archive.extractall(folder / "tree", filter="data")
+        tarballs[0].unlink()
+        inside = list((folder / "tree").iterdir())
+        return inside[0] if len(inside) == 1 else folder / "tree"
 
     def pool_size(self, path: str) -> int | None:
         """Bytes of a file of the pool, by its path below the mirror; None if the archive has it no more."""
@@ -285,7 +292,7 @@ class Archive:
         if self._inside:
             yield
             return
-        gate = self._cache.folder("apt") / "door"
+        gate = self._cache.folder("apt") / ARCHIVE_GATE
         with contextlib.ExitStack() as stack:
             if not stack.enter_context(self._cache.lock(gate, wait=False)):
                 self._note("Another pykvm fetches from the archive; waiting for it.")

@@ -28,6 +28,12 @@ Note = Callable[[str], None]
 PARTS: Final = ("apt", "kernels", "tools", "layers", "runs")
 """The folders of a cache: the archive's lists, unpacked kernels, emulators, packed file systems, runs."""
 
+LAYERS_LIMIT: Final = 2 << 30
+"""Bytes that layers may take before the ones that were not used for long are removed."""
+
+ARCHIVE_GATE: Final = "gate"
+"""Name below apt/ of what ``archive`` locks while it fetches."""
+
 _KEEP_MARK: Final = ".keep"
 _KEPT_RUNS: Final = 10
 
@@ -172,8 +178,12 @@ class Cache:
 
     @contextlib.contextmanager
     def run_folder(self) -> Iterator[RunFolder]:
-        """A fresh folder below runs/, held by this process; those of dead runs are removed on the way."""
+        """A fresh folder below runs/, held by this process.
+
+        Folders of dead runs and layers of long ago are removed on the way.
+        """
         runs = self.folder("runs")
+        self.prune()
         with _opened(runs) as door:
             _flock(door, fcntl.LOCK_EX)  # nobody sweeps between our mkdir and our lock
             self._sweep_runs(runs)
@@ -211,20 +221,34 @@ class Cache:
         """Bytes on disk of each part."""
         return {part: size_of(self.root / part) for part in PARTS}
 
-    def prune(self, part: str = "layers", keep: int = 8) -> Cleaned:
-        """Remove all but the ``keep`` most recently used entries, leftovers of dead builders included."""
+    def prune(self, part: str = "layers", limit: int = LAYERS_LIMIT, grace: float = 600.0) -> Cleaned:
+        """Remove what was not used for the longest time until ``limit`` bytes remain, and dead leftovers.
+
+        What was used within ``grace`` seconds stays: somebody may be about to use it again.
+        """
         self._sweep_leftovers(part)
-        newest_last = sorted(self.entries(part), key=_last_use)
-        return self._clear(newest_last[: max(0, len(newest_last) - keep)], dry_run=False)
+        left, old = 0, []
+        for path in sorted(self.entries(part), key=_last_use, reverse=True):
+            left += size_of(path)
+            if left > limit and time.time() - _last_use(path) > grace:
+                old.append(path)
+        return self._clear(old, dry_run=False)
 
     def clean(self, parts: Collection[str], *, dry_run: bool = False) -> Cleaned:
         """Remove everything in these parts that no running lab uses; ``dry_run`` only counts."""
-        found = [path for part in parts for path in self.entries(part)]
-        leftovers = 0
-        if not dry_run:
-            leftovers = sum(self._sweep_leftovers(part) for part in parts)
-        cleaned = self._clear(found, dry_run=dry_run)
-        return Cleaned(cleaned.freed + leftovers, cleaned.removed, cleaned.in_use)
+        with contextlib.ExitStack() as stack:
+            found: list[Path] = []
+            in_use: tuple[Path, ...] = ()
+            freed = 0
+            for part in filter(lambda name: (self.root / name).is_dir(), parts):
+                gate = self.root / part / ARCHIVE_GATE
+                if part == "apt" and not stack.enter_context(self.lock(gate, wait=False)):
+                    in_use = (gate.parent,)
+                    continue
+                found += self.entries(part)
+                freed += self._sweep_leftovers(part, dry_run=dry_run)
+            cleaned = self._clear(found, dry_run=dry_run)
+            return Cleaned(cleaned.freed + freed, cleaned.removed, cleaned.in_use + in_use)
 
     def discard(self, paths: Collection[Path]) -> Cleaned:
         """Remove these entries unless a running lab uses them."""
@@ -246,7 +270,7 @@ class Cache:
         with self.lock(path, wait=False) as mine:
             return mine and _remove_unless_used(path)
 
-    def _sweep_leftovers(self, part: str) -> int:
+    def _sweep_leftovers(self, part: str, *, dry_run: bool = False) -> int:
         """Remove what dead builders left behind; returns the bytes."""
         freed = 0
         folder = self.root / part
@@ -255,7 +279,8 @@ class Cache:
             with self.lock(folder / name, wait=False) as mine:
                 if mine and leftover.exists():
                     freed += size_of(leftover)
-                    remove(leftover)
+                    if not dry_run:
+                        remove(leftover)
         return freed
 
 
