@@ -1,7 +1,8 @@
 """Which tests run in a lab: named selections, so that a cell of the matrix takes minutes and not hours.
 
 Python under an emulator is some thirty times slower than outside, and collecting the whole suite takes
-minutes of it.  So a selection names files, and the limits fit the emulator."""
+minutes of it.  So a selection names files, and the limits fit the emulator.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +12,12 @@ from dataclasses import dataclass
 from pykvm.errors import UsageError
 
 REAL_KVM = "kvm and not slow and not lab"
-"""The expression for -m: tests on a real KVM, without the long sweeps and without the tests that start
-labs."""
+"""The expression for -m: tests on a real KVM, without long sweeps and without the tests that start labs."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """``paths`` (files, folders or node ids, relative to the checkout) and ``keyword`` (an expression for -k)
-    choose the tests.
+    """A choice of tests: files, folders or node ids relative to the checkout, and an expression for -k.
 
     ``timeout`` bounds a whole lab and ``test_timeout`` a single test, in seconds under QEMU; Bochs gets
     ``BOCHS_FACTOR`` times as long, and the matrix gives it the selection ``under_bochs`` instead.
@@ -70,14 +69,12 @@ def selection(name: str) -> Selection:
     return SELECTIONS[name]
 
 
-def for_vendor(chosen: Selection, vendor: str, *, accelerated: bool = False) -> Selection:
-    """The selection that a host of this vendor gets: a smaller one where Bochs has to emulate VMX."""
-    if vendor == "intel" and not accelerated and chosen.under_bochs:
-        return SELECTIONS[chosen.under_bochs]
-    return chosen
+def fitting(chosen: Selection, *, slow: bool) -> Selection:
+    """What the matrix runs of ``chosen``: a smaller selection under ``slow`` emulators (Bochs)."""
+    return SELECTIONS[chosen.under_bochs] if slow and chosen.under_bochs else chosen
 
 
-def limits(chosen: Selection, vendor: str, *, accelerated: bool = False) -> tuple[float, float]:
+def limits(chosen: Selection, *, slow: bool) -> tuple[float, float]:
     """Seconds for the whole lab and for one test."""
-    factor = BOCHS_FACTOR if vendor == "intel" and not accelerated else 1.0
+    factor = BOCHS_FACTOR if slow else 1.0
     return chosen.timeout * factor, chosen.test_timeout * factor

@@ -14,7 +14,7 @@ import pytest
 
 from pykvm.errors import HostError, LabDiedError, LabTimeoutError
 from pykvm.lab.results import OUTCOMES, Case, GarbledResult, SuiteResult
-from pykvm.lab.selections import SELECTIONS, for_vendor, limits, selection
+from pykvm.lab.selections import SELECTIONS, fitting, limits, selection
 from pykvm.lab.suite import run_suite
 from tests.lab.fake_lab import (
     KERNEL,
@@ -326,12 +326,10 @@ def test_selections_name_what_exists(name: str) -> None:
 
 def test_bochs_gets_less_to_do_and_more_time() -> None:
     core = selection("core")
-    assert for_vendor(core, "amd") is core
-    assert for_vendor(core, "intel") is selection("smoke")
-    assert for_vendor(core, "intel", accelerated=True) is core
-    assert for_vendor(selection("smoke"), "intel") is selection("smoke")
-    slow, fast = limits(core, "intel"), limits(core, "intel", accelerated=True)
-    assert slow > fast == limits(core, "amd")
+    assert fitting(core, slow=False) is core
+    assert fitting(core, slow=True) is selection("smoke")
+    assert fitting(selection("smoke"), slow=True) is selection("smoke")
+    assert limits(core, slow=True) > limits(core, slow=False)
 
 
 def test_an_unknown_selection_is_refused() -> None:
