@@ -1,4 +1,4 @@
-"""Groups of commands that import a command's module when it is used, so that --help and errors come at once."""
+"""Groups that import a command's module when it is used, so that --help and errors come at once."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def debug_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--debug and --json, for commands that create no machine.  The command gets the Session as its first argument."""
+    """--debug and --json, for commands that create no machine; the Session is the first argument."""
     return click.option(
         "--json",
         is_flag=True,
@@ -102,7 +102,7 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of every command that creates a machine.  The command gets the Session as its first argument."""
+    """The options of every command that creates a machine; the Session is the first argument."""
     return click.option(
         "--backend",
         type=click.Choice(["auto", "kvm", "model"]),

@@ -99,11 +99,20 @@ def run_command(command: Mapping[str, Any], send: Callable[[Frame, bytes], None]
             start_new_session=True,
         )
     except OSError as error:
-        where = command["argv"][0] if error.errno != errno.ENOENT or error.filename else command["directory"]
-        send(Frame.STDERR, f"pykvm lab: cannot run {where}: {error.strerror}\n".encode())
+        os.close(records)
+        what = error.filename or command["argv"][0]
+        send(Frame.STDERR, f"pykvm lab: cannot run {what}: {error.strerror}\n".encode())
         return 127 if error.errno == errno.ENOENT else 126
     finally:
         os.close(records_end)
+    with child:
+        _forward(child, records, send)
+        os.close(records)
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def _forward(child: subprocess.Popen[bytes], records: int, send: Callable[[Frame, bytes], None]) -> None:
+    """Everything that comes until the pipes end, or the child has ended and its own children keep them."""
     assert child.stdout is not None
     assert child.stderr is not None
     lines = _Lines(lambda line: send(Frame.RECORD, line))
@@ -122,8 +131,6 @@ def run_command(command: Mapping[str, Any], send: Callable[[Frame, bytes], None]
             if ended is None and child.poll() is not None:
                 ended = time.monotonic()
     lines.end()
-    status = child.wait()
-    return status if status >= 0 else 128 - status
 
 
 class _Lines:

@@ -106,6 +106,7 @@ def run(cache: Cache, emulator: Emulator, spec: RunSpec, sinks: Sinks) -> RunRes
     base, modules = layers.base(cache, spec.kernel, busy, wanted)
     kept = [base, layers.python(cache), *filter(None, [layers.project(cache)])]
     with cache.use(*kept), cache.run_folder() as folder:
+        cache.prune("layers")
         directory = spec.directory or layers.WORK
         command = json.dumps(
             {

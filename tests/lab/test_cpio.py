@@ -78,7 +78,12 @@ def test_copies_keep_mode_link_and_the_time_that_bytecode_is_trusted_by(tmp_path
 
 def test_an_archive_that_failed_has_no_end() -> None:
     output = io.BytesIO()
-    with pytest.raises(KeyError), CpioWriter(output) as archive:
-        archive.file("/a", b"")
-        raise KeyError
+
+    def fail() -> None:
+        with CpioWriter(output) as archive:
+            archive.file("/a", b"")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert b"TRAILER!!!" not in output.getvalue()

@@ -1,7 +1,6 @@
 """Why a lab died, read off consoles.
 
-The samples are what kernels and emulators print, cut to a few lines: their own panics were provoked with sysrq and with
-too little memory.
+The samples are what kernels and emulators print, cut to a few lines.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Kernel modules: order, compression, signatures.  The samples are ELF files made by ``as`` and ``objcopy``."""
+"""Kernel modules: order, compression, signatures.  The samples are ELF files that ``as`` made."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ MARK = b"~Module signature appended~\n"
 
 
 def module(folder: Path, name: str, depends: str = "") -> bytes:
-    source = f'.section .modinfo,"a"\n.asciz "license=GPL"\n.asciz "depends={depends}"\n.asciz "name={name}"\n'
+    fields = ("license=GPL", f"depends={depends}", f"name={name}")
+    source = '.section .modinfo,"a"\n' + "".join(f'.asciz "{field}"\n' for field in fields)
     target = folder / "made.o"
     subprocess.run(["as", "-o", target, "-"], input=source.encode(), check=True, timeout=30)
     return target.read_bytes()
