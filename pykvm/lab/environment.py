@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pykvm.errors import HostError
+from pykvm.lab import elf
 
 DISTRIBUTION = "pykvm-harness"
 LEFT_OUT = frozenset({"mypy", "ruff", "setuptools", "types-cffi"})
@@ -52,7 +53,8 @@ _PROJECT = (
 )
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _LIBRARY = re.compile(r"(?:=> )?(/\S+) \(0x")
-_LDD_TIMEOUT = 30.0
+_LIST_TIMEOUT = 30.0
+_NEVER_ELF = frozenset({".py", ".pyc", ".txt", ".h", ".md"})
 
 
 def _stale_bytecode(path: Path) -> bool:
@@ -175,26 +177,31 @@ def project_files(folder: Path) -> list[Path]:
 
 
 def shared_libraries(files: Iterable[Path]) -> list[Path]:
-    """What the ELF files among ``files`` load from the rest of the system, links and what they lead to."""
+    """What the ELF files among ``files`` load from the rest of the system, links and what they lead to.
+
+    The dynamic loader lists it itself (``ld.so --list``).  HostError if it cannot be asked.
+    """
     files = list(files)
-    elves = [path for path in files if path.is_file() and not path.is_symlink() and _is_elf(path)]
-    found: dict[Path, None] = {}
-    for start in range(0, len(elves), 64):
+    start = elf.loader(Path(os.path.realpath(sys.executable)))
+    if start is None:
+        return []  # a static interpreter has nothing to load
+    found = dict.fromkeys(_links(Path(start)))
+    for path in files:
+        if path.suffix in _NEVER_ELF or path.is_symlink() or not elf.is_elf(path):
+            continue
         try:
             done = subprocess.run(
-                ["ldd", *map(str, elves[start : start + 64])],
+                [start, "--list", str(path)],
                 capture_output=True,
                 text=True,
-                timeout=_LDD_TIMEOUT,
+                timeout=_LIST_TIMEOUT,
                 check=False,
-                env={**os.environ, "LC_ALL": "C"},
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise HostError(f"Cannot list the interpreter's libraries with ldd ({error}).") from None
+            raise HostError(f"{start} cannot list the interpreter's libraries ({error}).") from None
         for match in _LIBRARY.finditer(done.stdout):
-            for path in _links(Path(os.path.normpath(match[1]))):
-                found[path] = None
-            found[Path(os.path.realpath(match[1]))] = None
+            library = Path(os.path.normpath(match[1]))
+            found |= dict.fromkeys((*_links(library), Path(os.path.realpath(library))))
     return sorted(set(found) - set(files))
 
 
@@ -204,10 +211,3 @@ def merged(path: Path) -> str:
     return (
         name if name.startswith("/usr/") or not name.startswith(("/lib", "/bin", "/sbin")) else f"/usr{name}"
     )
-
-
-def _is_elf(path: Path) -> bool:
-    if path.suffix in (".py", ".pyc", ".txt", ".h", ".md"):
-        return False
-    with path.open("rb") as file:
-        return file.read(4) == b"\x7fELF"

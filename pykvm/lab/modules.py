@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pykvm.errors import HostError
+from pykvm.lab import elf
 
 _SIGNATURE_MARK = b"~Module signature appended~\n"
 _SIGNATURE_TAIL = struct.Struct(">8xI")  # struct module_signature of include/linux/module_signature.h
@@ -51,17 +52,11 @@ def _contents(path: Path) -> bytes:
 
 
 def modinfo(module: bytes) -> Iterator[tuple[str, str]]:
-    """The fields of ``.modinfo``, NUL-terminated ``key=value`` strings, of an ELF64 little-endian file."""
-    (sections_at,) = struct.unpack_from("<Q", module, 40)
-    entry, count, names = struct.unpack_from("<HHH", module, 58)
-    headers = [struct.unpack_from("<IIQQQQ", module, sections_at + entry * number) for number in range(count)]
-    strings = headers[names][4]
-    for header in headers:
-        if module.startswith(b".modinfo\0", strings + header[0]):
-            for field in module[header[4] : header[4] + header[5]].split(b"\0"):
-                key, equals, value = field.decode(errors="replace").partition("=")
-                if equals:
-                    yield key, value
+    """The fields of ``.modinfo``, NUL-terminated ``key=value`` strings."""
+    for field in elf.section(module, ".modinfo").split(b"\0"):
+        key, equals, value = field.decode(errors="replace").partition("=")
+        if equals:
+            yield key, value
 
 
 def closure(folder: Path, wanted: Iterable[str]) -> list[Module]:

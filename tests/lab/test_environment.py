@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pykvm.errors import HostError
-from pykvm.lab import environment, layers
+from pykvm.lab import elf, environment, layers
 from pykvm.lab.cache import Cache
 from tests.lab import newc
 from tests.lab.fake_emulator import kernel
@@ -137,3 +137,14 @@ def test_folders_are_put_with_all_that_is_in_them(tmp_path: Path) -> None:
     assert found["lab/work/data/link"].data == b"deep/file"
     assert found["lab/work/pointer"].data == b"x", "a file that is put by a link is the file"
     assert found["lab/boot"].data == b"A=1\n"
+
+
+def test_the_loader_is_read_from_the_program(tmp_path: Path) -> None:
+    found = elf.loader(Path(os.path.realpath(sys.executable)))
+    listed = subprocess.run(
+        ["ldd", sys.executable], capture_output=True, text=True, check=True, timeout=30
+    ).stdout
+    assert found is not None
+    assert found in listed
+    (tmp_path / "script").write_text("#!/bin/sh\n")
+    assert elf.loader(tmp_path / "script") is None
