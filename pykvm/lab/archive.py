@@ -41,6 +41,7 @@ _UNREACHABLE = re.compile(
     r"connection (failed|timed out|refused|reset)|network is unreachable|no route to host",
     re.IGNORECASE,
 )
+_FETCH = re.compile(r"^Failed to fetch \S+ ")
 
 
 class ArchiveUnreachableError(HostError):
@@ -335,8 +336,9 @@ class Archive:
                 program, *arguments, timeout=timeout, sources=sources, folder=folder, watch=watch
             )
         except FailedError as error:
-            if _UNREACHABLE.search(error.output):
-                raise self._unreachable(reason(error.output)) from None
+            for line in error.output.splitlines():
+                if _UNREACHABLE.search(line):
+                    raise self._unreachable(_FETCH.sub("", reason(line))) from None
             raise HostError(
                 f"{program} failed: {reason(error.output)}; "
                 "'pykvm lab clean --lists' makes it start over with fresh lists."

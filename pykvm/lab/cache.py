@@ -98,7 +98,8 @@ class Cache:
         """Build ``path`` once: yields where to build it, or None if it is there already.
 
         The body makes a file or folder at the yielded place, which becomes ``path`` when the body ends and
-        vanishes when it raises.  Another process that wants the same waits here and then gets None.
+        vanishes when it raises.  Another process that wants the same waits here and then gets None.  What a
+        builder wants to go on with after an interruption lies beside ``path`` as ``.NAME.work``.
         """
         self.folder(*path.parent.relative_to(self.root).parts)
         with self.lock(path):
@@ -213,9 +214,7 @@ class Cache:
     def entries(self, part: str) -> list[Path]:
         """What was built in a part, by name."""
         folder = self.root / part
-        if not folder.is_dir():
-            return []
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
 
     def usage(self) -> dict[str, int]:
         """Bytes on disk of each part."""
@@ -246,7 +245,7 @@ class Cache:
                     in_use = (gate.parent,)
                     continue
                 found += self.entries(part)
-                freed += self._sweep_leftovers(part, dry_run=dry_run)
+                freed += self._sweep_leftovers(part, work=True, dry_run=dry_run)
             cleaned = self._clear(found, dry_run=dry_run)
             return Cleaned(cleaned.freed + freed, cleaned.removed, cleaned.in_use + in_use)
 
@@ -270,12 +269,14 @@ class Cache:
         with self.lock(path, wait=False) as mine:
             return mine and _remove_unless_used(path)
 
-    def _sweep_leftovers(self, part: str, *, dry_run: bool = False) -> int:
-        """Remove what dead builders left behind; returns the bytes."""
-        freed = 0
+    def _sweep_leftovers(self, part: str, *, work: bool = False, dry_run: bool = False) -> int:
+        """Remove what dead builders left, with ``work`` even what they could go on with; returns bytes."""
         folder = self.root / part
-        for leftover in sorted(folder.glob(".*.part")) if folder.is_dir() else ():
-            name = leftover.name[1:].rsplit(".", 2)[0]
+        owners = {path: path.name[1:].rsplit(".", 2)[0] for path in folder.glob(".*.part")}
+        if work:
+            owners |= {path: path.name[1:].rsplit(".", 1)[0] for path in folder.glob(".*.work")}
+        freed = 0
+        for leftover, name in owners.items():
             with self.lock(folder / name, wait=False) as mine:
                 if mine and leftover.exists():
                     freed += size_of(leftover)

@@ -296,11 +296,10 @@ def _one(tree: Path, *places: str) -> Path:
     )
 
 
-def describe_trust(kernel: Kernel) -> str:
-    """One sentence on modules that no list vouches for; empty for others."""
+def trust_remark(kernel: Kernel) -> str:
+    """Why modules may be trusted that no list vouches for; empty for others."""
     if kernel.source == "index":
         return ""
     return (
-        f"Linux {kernel.series}: its modules are in the archive's pool, but in none of its lists. "
-        "The image is, it holds the key that they were signed with, and it is started so as to insist on it."
+        "the archive lists its modules no more: taken from the pool, and the kernel checks their signatures"
     )

@@ -144,7 +144,10 @@ def upstream(version: str) -> str:
 
 
 def qemu(
-    cache: Cache, note: Note, environment: Mapping[str, str] = os.environ
+    cache: Cache,
+    note: Note,
+    environment: Mapping[str, str] = os.environ,
+    archive: Archive | None = None,
 ) -> tuple[tuple[str, ...], str]:
     """How to start qemu-system-x86_64, firmware included, and its version; fetched first if it is missing.
 
@@ -152,7 +155,7 @@ def qemu(
     """
     if own := environment.get("PYKVM_LAB_QEMU"):
         return (own,), _version_of(own)
-    tool = find(cache, "qemu") or prepare_qemu(cache, Archive(cache, note), note)
+    tool = find(cache, "qemu") or prepare_qemu(cache, archive or Archive(cache, note), note)
     firmware = (str(tool.root / "usr/share" / name) for name in ("qemu", "seabios"))
     return tool.argv(_QEMU, *(word for folder in firmware for word in ("-L", folder))), tool.version
 
