@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pykvm.abi import ffi, lib
 from pykvm.abi.managed import Managed, Refusals
 from pykvm.errors import KvmError, UsageError
+from pykvm.kvm.emulators import task_segment_type
 from pykvm.x86.registers import (
     GENERAL,
     SEGMENT_FIELDS,
@@ -43,6 +44,7 @@ def fill_special(sregs: CData, value: SpecialRegisters) -> None:
         target, segment = getattr(sregs, name), getattr(value, name)
         for field in SEGMENT_FIELDS:
             setattr(target, field, getattr(segment, field))
+    sregs.tr.type = task_segment_type(value.tr.type)
     for name in ("gdt", "idt"):
         table = getattr(value, name)
         getattr(sregs, name).base = table.base
