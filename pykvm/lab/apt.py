@@ -29,7 +29,7 @@ QUERY_TIMEOUT: Final = 120.0
 """Seconds for what needs no network."""
 
 _KEYRINGS: Final = ("debian-archive-keyring.gpg", "debian-archive-keyring.pgp")
-_KEYRING_FOLDER: Final = Path("/usr/share/keyrings")
+KEYRING_FOLDER: Path = Path("/usr/share/keyrings")
 _PROXY = re.compile(r'^(Acquire::(?:https?|ftp)::Proxy(?:-Auto-Detect|::\S+)? ".+";)$', re.MULTILINE)
 
 
@@ -158,13 +158,13 @@ def _system_proxies() -> str:
         return ""
 
 
-def keyring(folder: Path = _KEYRING_FOLDER) -> Path:
+def keyring() -> Path:
     """The keys of Debian's archive; HostError says how to get them."""
     for name in _KEYRINGS:
-        if (path := folder / name).is_file():
+        if (path := KEYRING_FOLDER / name).is_file():
             return path
     raise HostError(
-        f"The keys of Debian's archive are missing ({folder / _KEYRINGS[0]}); "
+        f"The keys of Debian's archive are missing ({KEYRING_FOLDER / _KEYRINGS[0]}); "
         "install the package debian-archive-keyring, which Ubuntu has, too."
     )
 

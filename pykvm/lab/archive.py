@@ -34,7 +34,8 @@ _UNPACK_TIMEOUT: Final = 300.0
 _SLOWEST: Final = 50_000
 """Bytes per second that a download is given time for."""
 _SILENCE: Final = 30.0
-_TELL_EVERY: Final = 2.0
+TELL_EVERY: Final = 2.0
+"""Seconds between two lines of progress."""
 _URI_LINE = re.compile(r"^'([^']+)' (\S+) (\d+)", re.MULTILINE)
 _UNREACHABLE = re.compile(
     r"could not resolve|temporary failure|could not connect|unable to connect|cannot initiate the connection|"
@@ -352,16 +353,16 @@ class Archive:
 
     def _teller(self, what: str, place: Path, total: int) -> Callable[[], None]:
         """A function to call often, which tells now and then how much has come to ``place``."""
-        told = time.monotonic()
+        asked, told = time.monotonic(), 0
 
         def tell() -> None:
-            nonlocal told
-            if time.monotonic() - told >= _TELL_EVERY:
-                told = time.monotonic()
-                come = size_of(place) / 1e6
-                self._note(
-                    f"{what}: {come:.0f} of {total / 1e6:.0f} MB" if total else f"{what}: {come:.0f} MB"
-                )
+            nonlocal asked, told
+            if time.monotonic() - asked < TELL_EVERY:
+                return
+            asked = time.monotonic()
+            if (come := size_of(place) // 1_000_000) != told:
+                told = come
+                self._note(f"{what}: {come} of {total / 1e6:.0f} MB" if total else f"{what}: {come} MB")
 
         return tell
 

@@ -94,15 +94,20 @@ class Cache:
     # --- building --------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def build(self, path: Path) -> Iterator[Path | None]:
+    def build(self, path: Path, note: Note | None = None) -> Iterator[Path | None]:
         """Build ``path`` once: yields where to build it, or None if it is there already.
 
         The body makes a file or folder at the yielded place, which becomes ``path`` when the body ends and
         vanishes when it raises.  Another process that wants the same waits here and then gets None.  What a
-        builder wants to go on with after an interruption lies beside ``path`` as ``.NAME.work``.
+        builder wants to go on with after an interruption lies beside ``path`` as ``.NAME.work``.  ``note`` is
+        told when there is somebody to wait for.
         """
         self.folder(*path.parent.relative_to(self.root).parts)
-        with self.lock(path):
+        with contextlib.ExitStack() as stack:
+            if not stack.enter_context(self.lock(path, wait=False)):
+                if note is not None:
+                    note(f"Another pykvm is at work on {path.name}; waiting for it.")
+                stack.enter_context(self.lock(path))
             if path.exists():
                 _touch(path)
                 yield None
@@ -122,12 +127,12 @@ class Cache:
             finally:
                 remove(scratch)
 
-    def provide(self, path: Path, make: Callable[[Path], None]) -> Path:
+    def provide(self, path: Path, make: Callable[[Path], None], note: Note | None = None) -> Path:
         """``path``, after ``make(scratch)`` built it if it was missing."""
         if path.exists():
             _touch(path)
             return path
-        with self.build(path) as scratch:
+        with self.build(path, note) as scratch:
             if scratch is not None:
                 make(scratch)
         return path

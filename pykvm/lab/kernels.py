@@ -260,7 +260,7 @@ def prepare(cache: Cache, archive: Archive, kernel: Kernel, note: Note) -> Prepa
         }
         (scratch / _FACTS).write_text(json.dumps(facts, indent=1) + "\n")
 
-    cache.provide(target, make)
+    cache.provide(target, make, note)
     ready = _read(target)
     if ready is None:
         raise HostError(f"{target} is not a kernel of this pykvm; run 'pykvm lab clean --kernels'.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import struct
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -114,7 +115,8 @@ def prepare_root(
     def make(scratch: Path) -> None:
         closure = archive.closure(packages)
         size = sum(package.size for package in closure)
-        note(f"{name}: fetching {len(closure)} packages, {size / 1e6:.0f} MB.")
+        several = f"{len(closure)} packages, " if len(closure) > 1 else ""
+        note(f"{name}: fetching {several}{size / 1e6:.0f} MB.")
         root = scratch / "root"
         root.mkdir(parents=True)
         with archive.fetch(closure, name) as debs:
@@ -123,15 +125,24 @@ def prepare_root(
         for part in _FOR_PEOPLE:
             remove(root / part)
         trim(root)
+        _drop_privileges(root)
         versions = {package.name: package.version for package in closure}
         facts = {"name": name, "version": upstream(versions.get(packages[0], "")), "packages": versions}
         (scratch / _FACTS).write_text(json.dumps(facts, indent=1) + "\n")
 
-    cache.provide(target, make)
+    cache.provide(target, make, note)
     tool = find(cache, name)
     if tool is None:
         raise HostError(f"{target} is not a tool of this pykvm; run 'pykvm lab clean --tools'.")
     return tool
+
+
+def _drop_privileges(root: Path) -> None:
+    """Unpacked by root, a set-user-ID program would be one for everybody who can reach the cache."""
+    for path in root.rglob("*"):
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode) and mode & (stat.S_ISUID | stat.S_ISGID):
+            path.chmod(stat.S_IMODE(mode) & 0o777)
 
 
 def upstream(version: str) -> str:
