@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pykvm.cli.main import run
+from tests.patience import patient
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,7 +58,7 @@ def execute(*arguments: str, timeout: float = 60) -> Result:
         command_line(*arguments),
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=patient(timeout),
         env=environment(),
         check=False,
     )

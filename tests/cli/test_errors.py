@@ -17,6 +17,7 @@ from pykvm.cli import run as run_command
 from pykvm.errors import DeviceMissingError, DevicePermissionError
 from pykvm.guest import catalog
 from tests.cli.runner import command_line, environment, execute, invoke
+from tests.patience import patient
 
 Capture = pytest.CaptureFixture[str]
 
@@ -140,7 +141,7 @@ def test_a_closed_pipe_is_quiet() -> None:
         stdout=writer,
         stderr=subprocess.PIPE,
         env=environment(),
-        timeout=30,
+        timeout=patient(30),
         check=False,
     )
     os.close(writer)
@@ -157,7 +158,7 @@ def test_output_that_cannot_be_written_is_one_sentence(options: tuple[str, ...])
             stderr=subprocess.PIPE,
             text=True,
             env=environment(),
-            timeout=30,
+            timeout=patient(30),
             check=False,
         )
     assert done.returncode == 1
@@ -178,7 +179,7 @@ def test_ctrl_c_ends_a_running_guest(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.read(1) == b"!"
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=patient(20))
     finally:
         process.kill()
         process.wait()
@@ -193,7 +194,7 @@ def test_starting_is_fast_enough_to_be_used_in_scripts() -> None:
         capture_output=True,
         text=True,
         env=environment(),
-        timeout=30,
+        timeout=patient(30),
         check=True,
     )
     assert "pykvm.kvm" not in done.stderr
@@ -218,7 +219,7 @@ def test_ctrl_c_tells_what_dirty_knows_so_far() -> None:
         assert process.stderr is not None
         assert process.stderr.readline()  # the first interval
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=20)
+        out, _ = process.communicate(timeout=patient(20))
     finally:
         process.kill()
         process.wait()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.runner import Result, command_line, environment, execute, invoke
+from tests.patience import patient
 
 pytestmark = pytest.mark.kvm
 
@@ -42,7 +43,7 @@ class Process:
         raise AssertionError(f"no line '{start}…'; status {self.popen.wait()}")
 
     def end(self) -> Result:
-        out, err = self.popen.communicate(timeout=60)
+        out, err = self.popen.communicate(timeout=patient(60))
         return Result(self.popen.returncode, out, err)
 
     def kill(self) -> None:

@@ -11,8 +11,11 @@ from pykvm.cli import run as run_command
 from pykvm.cli.session import Session
 from pykvm.guest import catalog
 from tests.cli.runner import Result, execute, invoke
+from tests.patience import patient
 
 IMAGES = Path(catalog.__file__).parent / "images"
+SOON = f"{patient(10):g}s"
+"""For --timeout: a guest that ends at once has ended by then."""
 HALT = b"\xf4"
 EXIT_5 = b"\xb0\x05\xe6\xf4"  # mov al, 5 ; out 0xf4, al
 SPIN = b"\xeb\xfe"
@@ -39,7 +42,7 @@ def image(tmp_path: Path) -> Path:
 
 def run(capfd: pytest.CaptureFixture[str], image: Path, code: bytes, *options: str) -> Result:
     image.write_bytes(code)
-    return invoke(capfd, "run", str(image), "--timeout", "10s", *options)
+    return invoke(capfd, "run", str(image), "--timeout", SOON, *options)
 
 
 def test_serial_goes_to_the_terminal_and_the_status_comes_from_the_guest(
@@ -74,13 +77,13 @@ def test_post_codes_are_recorded_on_a_chosen_port(capfd: pytest.CaptureFixture[s
 
 def test_a_multiboot_kernel_gets_its_command_line(capfd: pytest.CaptureFixture[str]) -> None:
     image = IMAGES / "multiboot.bin"
-    result = invoke(capfd, "run", str(image), "--append", "one two", "--timeout", "10s", "--json")
+    result = invoke(capfd, "run", str(image), "--append", "one two", "--timeout", SOON, "--json")
     assert result.document["format"] == "multiboot"
     assert result.document["serial"].strip() == f"{image} one two"
 
 
 def test_a_rom_starts_at_the_reset_vector(capfd: pytest.CaptureFixture[str]) -> None:
-    result = invoke(capfd, "run", str(IMAGES / "rom.bin"), "--format", "rom", "--timeout", "10s")
+    result = invoke(capfd, "run", str(IMAGES / "rom.bin"), "--format", "rom", "--timeout", SOON)
     assert "reset vector" in result.out
 
 
@@ -102,7 +105,7 @@ def test_a_guest_that_does_not_end_times_out(capfd: pytest.CaptureFixture[str], 
 
 def test_a_triple_fault_is_an_error_of_the_guest(capfd: pytest.CaptureFixture[str], image: Path) -> None:
     image.write_bytes(b"\x0f\x0b")  # ud2 in long mode without an IDT
-    result = invoke(capfd, "run", str(image), "--mode", "long", "--timeout", "10s")
+    result = invoke(capfd, "run", str(image), "--mode", "long", "--timeout", SOON)
     assert result.status == 7
     assert "Traceback" not in result.err
 

@@ -15,6 +15,7 @@ from pykvm.cli.modes import measure_mode
 from pykvm.guest.boot import BootMode
 from pykvm.kvm import KvmSystem
 from tests.cli.runner import command_line, environment, invoke
+from tests.patience import patient
 
 Capture = pytest.CaptureFixture[str]
 WATCH = ("--memory", "8M", "--seconds", "300ms", "--interval", "100ms")
@@ -67,7 +68,7 @@ def test_on_a_terminal_it_draws(tmp_path: Path) -> None:
             if not part:
                 break
             seen += part
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=patient(20)) == 0
     finally:
         os.close(master)
     assert "▉".encode() in seen

@@ -18,6 +18,7 @@ from pykvm.guest.pc_devices import DebugExit, DebugText, PostCode, Serial16550
 from pykvm.machine import IoOut, Registers, Segment
 from pykvm.memory import GuestMemory
 from tests.backends import on_kvm
+from tests.patience import patient
 
 MIB = 1 << 20
 
@@ -35,7 +36,7 @@ class Board:
 def run(guest):
     with guest:
         guest.runner.start()
-        return guest.runner.wait(20)
+        return guest.runner.wait(patient(20))
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def check_mode(system, name, cpl):
     guest = launch_mode_test(system, name, cpl=cpl)
     with guest:
         guest.runner.start()
-        assert guest.runner.wait(20) == 1
+        assert guest.runner.wait(patient(20)) == 1
         value = 0xC0FFEE01
         at = 0x20000 if name == "real" else 0x120000
         for _ in range(8):

@@ -9,6 +9,7 @@ from pykvm.guest.devices import Device, DeviceBus
 from pykvm.guest.images import load_image
 from pykvm.guest.launch import launch
 from pykvm.machine import System, Vcpu
+from tests.patience import patient
 
 MMIO = 0x40000000
 # mov eax, cr4; or eax, 0x200 (OSFXSR); mov cr4, eax; again: movups [MMIO], xmm0; jmp again
@@ -36,7 +37,7 @@ def test_a_store_in_two_parts_survives_pauses_and_saved_states(system: System) -
     with launch(system, image, bus) as guest:
         guest.runner.start()
         for _ in range(PAUSES):
-            seen, deadline = len(device.addresses), time.monotonic() + 10
+            seen, deadline = len(device.addresses), time.monotonic() + patient(10)
             while len(device.addresses) == seen and time.monotonic() < deadline:
                 time.sleep(0.0005)
             guest.runner.pause()

@@ -17,6 +17,7 @@ from pykvm.guest.workloads import Layout, WorkloadConfig, WorkloadGuest, gpa_of
 from pykvm.machine import System
 from pykvm.memory import PAGE_SIZE, GuestMemory
 from pykvm.x86.cpuid import physical_address_bits
+from tests.patience import patient
 from tests.rings import LEAST_RING
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -26,7 +27,7 @@ WORKLOADS = catalog.workloads()
 
 def until(guest: WorkloadGuest, ready: Callable[[], bool], timeout: float = 20.0) -> None:
     """Wait while the guest runs; fails with the guest's own error or after ``timeout`` seconds."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + patient(timeout)
     while not ready():
         assert time.monotonic() < deadline, f"not within {timeout} s: {guest.report()}"
         assert guest.runner.error is None, guest.runner.error
@@ -81,7 +82,7 @@ def test_passes_end_the_guest_with_status_0(system, workload, cpl):
     )
     with WorkloadGuest.create(system, config) as guest:
         guest.runner.start()
-        assert guest.runner.wait(20) == 0
+        assert guest.runner.wait(patient(20)) == 0
         report = guest.report()
         assert report.passes == 4
         assert report.visits == 2 * sum(region.pages for region in guest.layout.regions)
@@ -92,7 +93,7 @@ def run_passes(system, config: WorkloadConfig) -> tuple[bytes, Layout, int, int]
     """The data and ledger pages after the passes, and the two keys."""
     with WorkloadGuest.create(system, config) as guest:
         guest.runner.start()
-        assert guest.runner.wait(20) == 0
+        assert guest.runner.wait(patient(20)) == 0
         region = guest.layout.regions[0]
         block = guest.memory.read(region.block, PAGE_SIZE)
         keys = [int.from_bytes(block[at : at + 8], "little") for at in (Block.KEY1, Block.KEY2)]
@@ -141,7 +142,7 @@ def test_hotspot_prefers_the_hot_set(system):
     config = WorkloadConfig("hotspot", memory=4 * MIB, passes=40, hot_pages=50, hot_percent=80)
     with WorkloadGuest.create(system, config) as guest:
         guest.runner.start()
-        assert guest.runner.wait(20) == 0
+        assert guest.runner.wait(patient(20)) == 0
         region = guest.layout.regions[0]
         ledger = np.frombuffer(guest.memory.read(region.ledger, 8 * region.pages), dtype=np.uint64)
         hot = ledger[:50].sum() / ledger.sum()
@@ -154,7 +155,7 @@ def test_stride_reaches_every_page(system, stride, pages):
     config = WorkloadConfig("stride", memory=2 * MIB, passes=3, touch=pages * PAGE_SIZE, stride=stride)
     with WorkloadGuest.create(system, config) as guest:
         guest.runner.start()
-        assert guest.runner.wait(20) == 0
+        assert guest.runner.wait(patient(20)) == 0
         region = guest.layout.regions[0]
         assert region.pages == pages
         assert guest.memory.read(region.ledger, 8 * pages) == (3).to_bytes(8, "little") * pages
@@ -165,7 +166,7 @@ def test_smp_counts_every_visit_of_every_vcpu(system):
     config = WorkloadConfig("smp", memory=4 * MIB, vcpus=4, passes=passes, touch=64 * PAGE_SIZE)
     with WorkloadGuest.create(system, config) as guest:
         guest.runner.start()
-        assert guest.runner.wait(20) == 0
+        assert guest.runner.wait(patient(20)) == 0
         count = int.from_bytes(guest.memory.read(guest.layout.shared, 8), "little")
         # A vCPU that is done waits for the others; it does not count on.
         assert count == guest.report().visits == 4 * passes * 16
@@ -373,7 +374,7 @@ def test_corruption_callback_and_exit_status(system):
         limit = guest.report().passes + 1000
         guest.memory.write(guest.layout.blocks[0] + Block.PASS_LIMIT, limit.to_bytes(8, "little"))
         guest.runner.resume()
-        assert guest.runner.wait(20) == 1
+        assert guest.runner.wait(patient(20)) == 1
         report = guest.report()
         assert tuple(seen) == report.corruptions
         # The whole page was overwritten: 512 words, each of which is found once, of which 64 are recorded.
@@ -404,7 +405,7 @@ def test_exceptions_are_reported_with_vector_rip_and_cr2(system, cpl, code, name
         guest.runner.start()
         at = 0x9002 if code[0] == 0x31 else 0x9000
         with pytest.raises(GuestError, match=rf"vCPU 0 took {name}") as error:
-            guest.runner.wait(10)
+            guest.runner.wait(patient(10))
         assert f"at RIP {at:#x}, CPL {cpl}" in str(error.value)
 
 
@@ -420,7 +421,7 @@ def test_triple_fault_is_reported(system):
         vcpu.set_registers(registers)
         guest.runner.start()
         with pytest.raises(GuestError, match="triple fault"):
-            guest.runner.wait(10)
+            guest.runner.wait(patient(10))
 
 
 # --- memory, adoption, rings ---------------------------------------------------------------------
@@ -434,7 +435,7 @@ def test_large_sparse_memory_touches_a_thousand_scattered_pages(system, memory):
     config = WorkloadConfig("stride", memory=memory, touch=1000 * PAGE_SIZE, passes=20)
     with WorkloadGuest.create(system, config) as guest:
         guest.runner.start()
-        assert guest.runner.wait(60) == 0
+        assert guest.runner.wait(patient(60)) == 0
         region = guest.layout.regions[0]
         assert region.pages == 1000
         assert region.page_address(999) > 0.99 * memory
@@ -542,7 +543,7 @@ def test_full_ring_without_a_tracker_is_an_error(system):
             slot.set_flags(slot.flags.__class__.LOG_DIRTY_PAGES)
         guest.runner.start()
         with pytest.raises(RingOverflowError, match="nobody collects"):
-            guest.runner.wait(20)
+            guest.runner.wait(patient(20))
 
 
 def test_create_cleans_up_when_prepare_fails(system):

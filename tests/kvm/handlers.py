@@ -10,6 +10,7 @@ from pykvm.kvm import KvmVcpu
 from pykvm.machine import Exit
 from pykvm.memory import PAGE_SIZE
 from pykvm.x86.registers import DescriptorTable
+from tests.patience import patient
 
 from .tiny import DATA, GDT, PORT, Tiny
 
@@ -35,7 +36,7 @@ def install(guest: Tiny, vectors: Iterable[int], vcpu: KvmVcpu | None = None) ->
 
 def run_soon(vcpu: KvmVcpu, seconds: float = 5) -> Exit:
     """``run`` of a guest that should exit at once; Kicked if it does not."""
-    timer = threading.Timer(seconds, vcpu.kick)
+    timer = threading.Timer(patient(seconds), vcpu.kick)
     timer.start()
     try:
         return vcpu.run()

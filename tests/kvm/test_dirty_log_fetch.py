@@ -18,6 +18,7 @@ from pykvm.kvm import KvmVm, MemorySlot
 from pykvm.kvm.capabilities import Capability
 from pykvm.machine import SlotFlags
 from pykvm.memory import PAGE_SIZE, GuestMemory
+from tests.patience import patient
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = 0x12345
@@ -113,6 +114,6 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_a_forked_child_can_be_kicked() -> None:
     """The thread that ran a guest before the fork is another thread in the child."""
     result = subprocess.run(
-        [sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=30, cwd=ROOT
+        [sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=patient(30), cwd=ROOT
     )
     assert result.returncode == 0, result.stderr

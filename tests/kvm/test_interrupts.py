@@ -19,6 +19,7 @@ from pykvm.machine.state import IrqChips, PitState
 from pykvm.memory import PAGE_SIZE
 from pykvm.x86.bits import Rflags
 from tests.kernels import kernel
+from tests.patience import patient
 
 from .handlers import install, run_soon
 from .tiny import DATA, PORT, SPIN, TABLES, Tiny, done, running
@@ -71,7 +72,7 @@ def requested(guest: Tiny) -> list[int]:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patient(10)
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)

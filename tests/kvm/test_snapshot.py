@@ -21,6 +21,7 @@ from pykvm.machine.state import DebugRegisters, MachineState, PitState, VcpuStat
 from pykvm.memory import PAGE_SIZE, GuestMemory
 from pykvm.x86.bits import Rflags
 from pykvm.x86.cpuid import find
+from tests.patience import patient
 
 from .handlers import install, run_soon
 from .tiny import DATA, DONE, PORT, SPIN, TABLES, Tiny, done, running
@@ -336,7 +337,7 @@ def test_a_halted_vcpu_stays_halted_and_wakes_there(guests: type) -> None:
     enable_lapic(source.vcpu)
     source.load(bytes.fromhex("fbf4 e610"))  # sti; hlt; out 0x10, al
     with running(source.vcpu):
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + patient(10)
         while source.vcpu.statistics().value("halt_exits") == 0:
             assert time.monotonic() < deadline
             time.sleep(0.001)

@@ -234,7 +234,8 @@ ELSEWHERE = {
     "PykvmError", "HostError", "KvmError", "DirtyLogError", "RingOverflowError", "DevicePermissionError",
     "CapabilityError", "EmulationError", "ImageError", "GuestError", "GuestCorruptionError",
     "MigrationError", "WireError", "ChannelError", "VerificationError", "HandoverUnknownError",
-    "DestinationLostError", "PendingExitError", "DisagreementError", "UnsupportedInstruction",
+    "DestinationLostError", "PendingExitError", "DisagreementError", "UnsupportedInstruction", "LabError",
+    "LabTimeoutError", "LabDiedError",
 }  # fmt: skip
 """Bases, classes tested above by themselves, and those of other rooms, which have their own tests."""
 

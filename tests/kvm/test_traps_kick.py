@@ -19,10 +19,11 @@ import pytest
 from pykvm.errors import BusyError, GuestTimeoutError
 from pykvm.kvm import KvmSystem, KvmVcpu
 from pykvm.machine import IoIn, IoOut, Kicked
+from tests.patience import patient
 
 from .tiny import COUNT_FOR_EVER, DONE, OUT_FOR_EVER, PORT, SPIN, Runner, Tiny, done, running
 
-LIMIT = 20.0
+LIMIT = patient(20)
 """Seconds after which something that should come at once counts as lost."""
 
 
@@ -326,7 +327,11 @@ print("fine")
 def test_ctrl_c_ends_a_run_of_the_main_thread(cpl: int) -> None:
     """In a process of its own, since SIGINT would stop pytest as well."""
     result = subprocess.run(
-        [sys.executable, "-c", CTRL_C, str(cpl)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", CTRL_C, str(cpl)],
+        capture_output=True,
+        text=True,
+        timeout=patient(60),
+        check=False,
     )
     assert (result.returncode, result.stdout) == (0, "fine\n"), result.stderr
 

@@ -27,6 +27,7 @@ from pykvm.machine.protocols import DirtyPages
 from pykvm.memory import PAGE_SIZE, GuestMemory
 from pykvm.x86.bits import Rflags
 from pykvm.x86.registers import DescriptorTable, Segment, SpecialRegisters
+from tests.patience import patient
 from tests.rings import LEAST_RING
 
 CODE, PML4, PDPT, PD, TSS, GDT, STACK, TABLES, DATA = 1, 2, 3, 4, 5, 6, 7, 8, 16
@@ -225,7 +226,7 @@ class Runner:
             self.error = error
 
     def wait_until_running(self) -> None:
-        for _ in range(20_000):
+        for _ in range(int(patient(20_000))):
             if self._vcpu.running:
                 return
             threading.Event().wait(0.0005)

@@ -19,6 +19,7 @@ from pykvm.errors import SlotOverlapError, UsageError
 from pykvm.machine import DirtyPages, Machine, Registers, SlotFlags, SpecialRegisters, Vcpu
 from pykvm.machine.state import DebugRegisters, MachineState, VcpuEvents, VcpuState
 from pykvm.memory import PAGE_SIZE, GuestMemory
+from tests.patience import patient
 
 STATE = VcpuState(
     cpuid=(),
@@ -344,7 +345,7 @@ def running_guest(config: FakeConfig | None = None, *, size: int | None = None) 
 
 def wait_for(condition: Callable[[], bool], timeout: float = 10.0) -> None:
     """Poll until the condition holds; fail after ``timeout`` seconds."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + patient(timeout)
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"
         time.sleep(0.002)

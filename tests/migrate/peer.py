@@ -12,6 +12,7 @@ from pykvm.guest.workloads import WorkloadConfig, WorkloadGuest
 from pykvm.kvm import KvmSystem
 from pykvm.migrate import Channel, Policy, receive, send
 from pykvm.track import make_tracker
+from tests.patience import patient
 
 CONFIG = WorkloadConfig(memory=16 << 20)
 POLICY = Policy(bandwidth=100 << 20, downtime_limit=0.05, max_rounds=2)
@@ -21,7 +22,7 @@ CHECK_SECONDS = 0.1
 
 def main() -> int:
     side, descriptor = sys.argv[1:]
-    channel = Channel(socket.socket(fileno=int(descriptor)), timeout=30)
+    channel = Channel(socket.socket(fileno=int(descriptor)), timeout=patient(30))
     try:
         with KvmSystem() as system:
             if side == "destination":

@@ -8,6 +8,7 @@ from typing import Any
 from pykvm.errors import PykvmError
 from pykvm.migrate import Acceptance, Channel, ReceivedGuest, receive
 from tests.migrate.fakes import FakeGuest, FakeSystem
+from tests.patience import patient
 
 
 class Destination:
@@ -32,7 +33,7 @@ class Destination:
 
     def join(self, timeout: float = 20.0) -> ReceivedGuest | None:
         """The received guest, or None where it failed (see ``error``)."""
-        self._thread.join(timeout)
+        self._thread.join(patient(timeout))
         assert not self._thread.is_alive(), "the destination hangs"
         return self._received
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from pykvm.migrate import wire
 from pykvm.migrate.channel import Channel
 from pykvm.migrate.wire import FrameType
+from tests.patience import patient
 
 
 class RawFrame(NamedTuple):
@@ -73,8 +74,8 @@ class Proxy:
     ) -> None:
         left, self._left = socket.socketpair()
         self._right, right = socket.socketpair()
-        self.source = Channel(left, timeout=timeout)
-        self.destination = Channel(right, timeout=timeout)
+        self.source = Channel(left, timeout=patient(timeout))
+        self.destination = Channel(right, timeout=patient(timeout))
         self.sent = bytearray()
         self.answered = bytearray()
         self.cut = False

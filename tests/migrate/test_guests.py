@@ -23,6 +23,7 @@ from pykvm.migrate.sabotage import LostPage
 from pykvm.track import Tracker, make_tracker
 from tests.migrate.fakes import wait_for
 from tests.migrate.sides import Destination
+from tests.patience import patient
 from tests.rings import LEAST_RING
 
 MIB = 1 << 20
@@ -203,7 +204,7 @@ def test_what_the_guest_finds_corrupt_at_the_destination_is_reported(system: Sys
 def test_a_guest_that_ends_before_it_is_moved_is_said_so(system: System) -> None:
     tracker = make_tracker("bitmap")
     with running(system, WorkloadConfig("sequential", memory=4 * MIB, passes=1), tracker) as guest:
-        guest.runner.wait(10)
+        guest.runner.wait(patient(10))
         here, there = pair()
         destination = Destination(there, system)
         with pytest.raises(MigrationError, match="ended by itself"):
@@ -299,7 +300,7 @@ def test_a_sparse_guest_costs_what_it_uses(system: System) -> None:
     """64 GiB of which 1000 pages are in use: the bytes sent follow the pages."""
     config = WorkloadConfig("random", memory=64 << 30, touch=1000 * PAGE_SIZE)
     tracker = make_tracker("ring")
-    here, there = pair(timeout=30)
+    here, there = pair(timeout=patient(30))
     with running(system, config, tracker) as guest:
         destination = Destination(there, system, check_seconds=0.1)
         result = send(guest, tracker, here, Policy(max_rounds=3, downtime_limit=0))
@@ -318,7 +319,7 @@ def test_a_sparse_guest_costs_what_it_uses(system: System) -> None:
 def test_a_tebibyte_guest_moves(system: System, name: str) -> None:
     config = WorkloadConfig("random", memory=1 << 40, touch=1000 * PAGE_SIZE)
     tracker = make_tracker(name)
-    here, there = pair(timeout=60)
+    here, there = pair(timeout=patient(60))
     with running(system, config, tracker) as guest:
         destination = Destination(there, system, acceptance=Acceptance(max_memory=1 << 40), check_seconds=0.1)
         result = send(guest, tracker, here, Policy(max_rounds=3, downtime_limit=0))

@@ -22,6 +22,7 @@ from pykvm.migrate import Channel, Phase, Progress, receive, send
 from pykvm.track import make_tracker
 from tests.migrate.fakes import wait_for
 from tests.migrate.peer import CHECK_SECONDS, CONFIG, POLICY
+from tests.patience import patient
 
 FEW, MANY = 6, 50
 
@@ -38,13 +39,13 @@ class Peer:
             stderr=subprocess.PIPE,
         )
         theirs.close()
-        self.channel = Channel(ours, timeout=60)
+        self.channel = Channel(ours, timeout=patient(60))
         self._timer: threading.Timer | None = None
 
     def kill(self) -> bool:
         """Kill it for certain; a fence."""
         self.process.kill()
-        return self.process.wait(10) is not None
+        return self.process.wait(patient(10)) is not None
 
     def kill_after(self, seconds: float) -> None:
         self._timer = threading.Timer(seconds, self.process.kill)
@@ -237,5 +238,5 @@ def test_many_kills_of_the_source(system: KvmSystem) -> None:
 def test_a_destination_that_nobody_talks_to_ends_by_itself(system: KvmSystem) -> None:
     other = Peer("destination")
     other.channel.close()
-    assert other.process.wait(20) == MigrationError.exit_status
+    assert other.process.wait(patient(20)) == MigrationError.exit_status
     other.close()

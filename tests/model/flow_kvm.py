@@ -14,8 +14,9 @@ from pykvm.memory import GuestMemory
 from pykvm.x86.registers import SpecialRegisters
 from tests.model.chip import SIZE
 from tests.model.flow import World
+from tests.patience import patient
 
-_SECONDS = 2
+_SECONDS = patient(2)
 
 
 def _for_this_processor(special: SpecialRegisters) -> SpecialRegisters:

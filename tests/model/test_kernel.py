@@ -15,6 +15,7 @@ from pykvm.machine import System
 from pykvm.model import paging
 from pykvm.model.cpu.semantics import TABLE
 from pykvm.model.system import ModelSystem
+from tests.patience import patient
 
 LINES = [
     "protected mode: exceptions, user",
@@ -33,7 +34,7 @@ def run(system: System) -> tuple[int | None, list[str], bytes]:
     bus.attach_ports(DebugExit(), DebugExit.PORT)
     with launch(system, load_image(catalog.load("kernel").image), bus, memory=8 << 20) as guest:
         guest.runner.start()
-        status = guest.runner.wait(30)
+        status = guest.runner.wait(patient(30))
         pool = guest.memory.read(POOL, PAGES << 12)
     return status, serial.output.decode().splitlines(), pool
 

@@ -33,6 +33,7 @@ from pykvm.memory import PAGE_SIZE, GuestMemory
 from pykvm.model import schedule
 from pykvm.model.machine import ModelMachine
 from pykvm.model.system import ModelSystem
+from tests.patience import patient
 
 MIB = 1 << 20
 LOG = SlotFlags.LOG_DIRTY_PAGES
@@ -245,7 +246,7 @@ def move(system: System, state: list[VcpuState], image: bytes, config: WorkloadC
         machine.create_vcpu(number).load_state(each)
     with WorkloadGuest.adopt(machine, memory, config) as guest:
         guest.runner.start()
-        assert guest.runner.wait(60) == 0
+        assert guest.runner.wait(patient(60)) == 0
         return memory.read(0, config.memory), guest.report().corruption_count
 
 
@@ -268,7 +269,7 @@ def test_a_guest_goes_on_with_the_other_backend(
             state = [VcpuState.from_json(vcpu.save_state().to_json()) for vcpu in guest.machine.vcpus]
             image = guest.memory.read(0, config.memory)
             guest.runner.resume()
-            assert guest.runner.wait(60) == 0
+            assert guest.runner.wait(patient(60)) == 0
             stayed = guest.memory.read(0, config.memory)
         assert move(there, state, image, config) == (stayed, 0)
 

@@ -21,6 +21,7 @@ from pykvm.machine import Exit, Machine, Registers, SlotFlags, SpecialRegisters,
 from pykvm.memory import PAGE_SIZE, GuestMemory
 from pykvm.model.system import ModelSystem
 from pykvm.x86.bits import Rflags
+from tests.patience import patient
 
 MIB = 1 << 20
 SEEDS = (1, 0x1234_5678_9ABC_DEF)
@@ -85,7 +86,7 @@ def run_workload(system: System, config: WorkloadConfig) -> Left:
         logging(guest.machine)
         guest.runner.trace = watching(exits)
         guest.runner.start()
-        status = guest.runner.wait(60)
+        status = guest.runner.wait(patient(60))
         guest.runner.stop()
         return leave(guest.machine, guest.memory, exits, status, guest.report())
 
@@ -96,7 +97,7 @@ def run_mode(system: System, name: str, cpl: int) -> Left:
         logging(guest.machine)
         guest.runner.trace = watching(exits)
         guest.runner.start()
-        status = guest.runner.wait(60)
+        status = guest.runner.wait(patient(60))
         guest.runner.stop()
         left = leave(guest.machine, guest.memory, exits, status, None)
         first = stores_at(name) // PAGE_SIZE

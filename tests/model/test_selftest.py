@@ -27,6 +27,7 @@ from pykvm.model.cpu.processor import Processor
 from pykvm.model.cpu.semantics import TABLE
 from pykvm.model.system import ModelSystem
 from pykvm.x86.exceptions import Vector
+from tests.patience import patient
 
 MEMORY = 8 << 20
 TIMEOUT = 30.0
@@ -93,7 +94,7 @@ def run(system: System, mask: int = ALL) -> Outcome:
     with launch(system, image, bus, memory=MEMORY) as guest:
         guest.runner.trace = lambda vcpu, exit: exits.append(exit)
         guest.runner.start()
-        status = guest.runner.wait(TIMEOUT)
+        status = guest.runner.wait(patient(TIMEOUT))
         guest.runner.stop()
         (vcpu,) = guest.machine.vcpus
         registers, special = vcpu.get_registers(), vcpu.get_special_registers()
