@@ -1,8 +1,9 @@
 """Bochs as a lab's emulator: it emulates VMX with EPT, accessed and dirty bits, and PML, on any machine.
 
-The processor is a Skylake-X, the model that Debian's kernels start on without complaint, with 5-level paging
-added.  The guest's seconds are counted in instructions, so that its timers and its speed go together whatever
-the host does; idle time costs next to nothing.  The wire is the second serial port, backed by a file.
+The processor is an Ice Lake, the first one with 5-level paging, which Bochs' model of it needs to be told.
+Newer models (Sapphire Rapids) promise AMX and then fault when Linux enables it.  The guest's seconds are
+counted in instructions, so that its timers and its speed go together whatever the host does; idle time costs
+next to nothing.  The wire is the second serial port, backed by a file.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pykvm.lab.bochs_images import Image
 from pykvm.lab.cache import Cache
 from pykvm.lab.emulator import Boot, Launch
 
-PROCESSOR = "corei7_skylake_x"
+PROCESSOR = "corei7_icelake_u"
 FEATURES = ("la57",)
 HERTZ = 300_000_000
 """Instructions per second of guest time: about twice what a host does, and low enough for kvm_intel to use

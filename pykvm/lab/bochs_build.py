@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,20 @@ PATCHES: Final = (
     *msr = (index == 0x1a0);
     return (index == 0x1a0 || index == 0xe7 || index == 0xe8) ? 1 : -1;
   }""",
+    ),
+    # VM entry and exit may change CR4.LA57 even in long mode; Bochs takes that for a fault of its own, stops,
+    # and would go on with the width of linear addresses of the other side.
+    Patch(
+        "cpu/vmx.cc",
+        r"  if \(! check_CR4\((guest\.|host_state->)cr4\)\) \{",
+        r"  BX_CPU_THIS_PTR cr4.set_LA57((\1cr4 >> 12) & 1);\n\g<0>",
+        2,
+    ),
+    Patch(
+        "cpu/vmx.cc",
+        r"  BX_CPU_THIS_PTR cr4\.set32\(\(Bit32u\) (?:guest\.|host_state->)cr4\);",
+        r"\g<0>\n  BX_CPU_THIS_PTR linaddr_width = BX_CPU_THIS_PTR cr4.get_LA57() ? 57 : 48;",
+        2,
     ),
 )
 
@@ -218,7 +233,7 @@ def _run(
     log = folder.parent / f"{Path(command[0]).name}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command,
+            (sys.executable, "-m", "pykvm.lab.tether", str(os.getpid()), *command),
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=output,
