@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 
 import pytest
 
-from pykvm.cli.walks import explain, walks
+from pykvm.cli.walks import explain
 from pykvm.crosscheck.paging_cases import TOTAL, Features, Kind, PagingCase, Runnable
-from pykvm.crosscheck.paging_guest import FRAMES, TABLES, PagingOutcome
+from pykvm.crosscheck.paging_guest import PagingOutcome
 from pykvm.crosscheck.paging_run import (
     PagingDifference,
     Subject,
@@ -27,7 +25,8 @@ from pykvm.errors import UsageError
 from pykvm.kvm import KvmSystem
 from pykvm.model import paging
 from pykvm.model.system import ModelSystem
-from pykvm.x86.cpuid import CpuidEntry
+from tests.crosscheck.walked import check, expected
+from tests.paged import with_everything
 
 EVERYTHING = Features(46, True, True, True, True, True, True)
 PLAIN = Features(48, True, False, False, False, False, False, legacy=False)
@@ -42,8 +41,6 @@ PATHS = {
 """By levels, for each page size: a path of two entries has no others; one whose upper entries are all alike
 is the same wherever the special one is; PAE and 32-bit paging have one upper entry or none."""
 SEED = 20
-LOW = 0xFFFFFFFF
-"""The half of the target that instructions access."""
 
 
 # --- numbers -------------------------------------------------------------------------------------------
@@ -128,50 +125,6 @@ def test_entries_lie_where_the_linear_address_leads() -> None:
 # --- real KVM against the page walk --------------------------------------------------------------------
 
 
-def expected(case: PagingCase, cpuid: Sequence[CpuidEntry]) -> PagingOutcome:
-    """What the case's instruction does to the guest, given the walks it makes."""
-    bits = Features.of(cpuid).physical_bits
-    entries = case.entries(TABLES, FRAMES[case.shape.page_shift], bits)
-    flags = dict.fromkeys((at for at, _ in entries), 0)
-    made = walks(case, cpuid)
-    for each in made:
-        for update in each.updates:
-            flags[update.gpa] |= update.old ^ update.new
-    segment = case.kind in {Kind.LOAD_SEGMENT, Kind.MARK_SEGMENT}
-    register = 7 if segment else 0x11223344
-    target = 0x00CFF2000000FFFF if segment else 0x04030201FEEB10E6
-    accessed = 1 << 40
-    if case.kind is Kind.LOAD_SEGMENT:
-        target |= accessed
-    error = made[-1].error
-    if error is not None:
-        at = "target" if case.kind is Kind.FETCH else "access"
-        return PagingOutcome("#PF", error, case.linear, at, tuple(flags.values()), target, register)
-    if case.kind is Kind.EXCHANGE:
-        target, register = target & ~LOW | register, target & LOW
-    elif case.kind is Kind.READ:
-        register = target & LOW
-    elif case.kind is Kind.WRITE:
-        target = target & ~LOW | register
-    elif case.kind is Kind.MARK_SEGMENT:
-        target |= accessed
-    return PagingOutcome("done", None, None, "", tuple(flags.values()), target, register)
-
-
-def check(system: KvmSystem, indices: Iterable[int]) -> Counter[tuple[Kind, int, str]]:
-    """Run the cases on KVM and hold each against the walk; how often each kind ended how."""
-    cpuid = Subject.of(system).cpuid
-    cases = [PagingCase.from_index(index) for index in indices]
-    seen: Counter[tuple[Kind, int, str]] = Counter()
-    for case, seen_outcome in zip(cases, outcomes(system, cpuid, cases), strict=True):
-        wanted = expected(case, cpuid)
-        words = compare(case, ("walk", wanted), ("kvm", seen_outcome))
-        reason = known(case, wanted, seen_outcome)
-        assert not words or reason, str(PagingDifference(case, words, reason, explain(case, cpuid)))
-        seen[case.kind, case.cpl, seen_outcome.end] += 1
-    return seen
-
-
 def test_kvm_translates_as_the_page_walk_does(system: KvmSystem) -> None:
     """Cases from all over the product; every kind of access succeeds in some and faults in others."""
     runnable = Runnable(Subject.of(system).features)
@@ -199,19 +152,6 @@ def test_a_case_alone_does_what_it_does_among_others(system: KvmSystem) -> None:
 
 
 # --- the model's CPU and machine against the page walk ---------------------------------------------------
-
-
-def with_everything(cpuid: Iterable[CpuidEntry]) -> list[CpuidEntry]:
-    """The leaves with SMEP, SMAP, PKU, LA57, NX and 1 GiB pages added."""
-    entries = []
-    for entry in cpuid:
-        if entry.function == 7 and entry.index == 0:
-            entries.append(replace(entry, ebx=entry.ebx | 1 << 7 | 1 << 20, ecx=entry.ecx | 1 << 3 | 1 << 16))
-        elif entry.function == 0x80000001:
-            entries.append(replace(entry, edx=entry.edx | 1 << 20 | 1 << 26))
-        else:
-            entries.append(entry)
-    return entries
 
 
 def test_the_model_makes_the_walks_that_each_access_needs() -> None:
@@ -322,17 +262,40 @@ def test_entries_of_the_older_modes_are_as_wide_and_as_many_as_there() -> None:
     assert found[2, 22] == (0x400800,)
 
 
-def test_only_accessed_flags_of_a_refused_exchange_are_excused() -> None:
-    exchange, write = (
-        next(case for case in map(PagingCase.from_index, range(12)) if case.kind is kind)
-        for kind in (Kind.EXCHANGE, Kind.WRITE)
-    )
-    fault = PagingOutcome("#PF", 3, 0x8080203120, "access", (0, 0, 0, 0), 1, 2)
-    accessed = replace(fault, flags=(32, 0, 0, 32))
-    assert known(exchange, fault, accessed)
-    assert known(exchange, replace(fault, error=7), replace(accessed, error=7))
-    assert not known(write, fault, accessed)
-    assert not known(exchange, fault, replace(accessed, flags=(0, 0, 0, 96)))
-    assert not known(exchange, fault, replace(accessed, error=2))
-    assert not known(exchange, replace(fault, error=2), replace(accessed, error=2))
-    assert not known(exchange, replace(fault, error=11), replace(accessed, error=11))
+FAULT = PagingOutcome("#PF", 3, 0x8080203120, "access", (0, 0, 0, 0), 1, 2)
+
+
+def test_only_accessed_flags_of_an_access_that_faults_are_excused() -> None:
+    case = PagingCase.from_index(2)
+    accessed = replace(FAULT, flags=(32, 0, 0, 32))
+    assert known(case, FAULT, accessed)
+    assert known(case, accessed, FAULT)
+    assert not known(case, FAULT, replace(FAULT, flags=(32, 0, 0, 96)))
+    assert not known(case, FAULT, replace(accessed, error=2))
+    assert not known(case, FAULT, replace(accessed, target=2))
+    done = replace(FAULT, end="done", error=None, cr2=None, at="")
+    assert not known(case, done, replace(done, flags=(32, 0, 0, 0)))
+
+
+def test_no_walk_uses_what_lies_behind_an_entry_that_is_not_present() -> None:
+    step = 12 * 120 * LEAVES
+    paths = (PagingCase.from_index(number * step) for number in range(PATHS[4]))
+    case = next(each for each in paths if each.shape.upper == 1 and not each.upper.flags & 1)
+    fault = replace(FAULT, error=0)
+    assert known(case, fault, replace(fault, flags=(32, 0, 0, 0)))
+    assert not known(case, fault, replace(fault, flags=(0, 32, 0, 0)))
+    assert not known(case, fault, replace(fault, flags=(0, 0, 32, 0)))
+
+
+def test_tcgs_error_code_of_reserved_bits_is_laid_at_its_door_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = PagingCase.from_index(2)
+    right, wrong = replace(FAULT, error=0xB), replace(FAULT, error=0xA, flags=(32, 0, 0, 0))
+    assert not known(case, right, wrong)
+    monkeypatch.setenv("PYKVM_LAB_EMULATOR", "qemu-tcg")
+    assert known(case, right, wrong).startswith("emulator: QEMU's TCG")
+    assert known(case, wrong, right).startswith("emulator: QEMU's TCG")
+    assert not known(case, right, replace(wrong, target=2))
+    assert not known(case, right, replace(wrong, error=0x8))
+    assert not known(case, FAULT, replace(FAULT, error=2))
+    monkeypatch.setenv("PYKVM_LAB_EMULATOR", "qemu-kvm")
+    assert not known(case, right, wrong)
