@@ -270,11 +270,11 @@ class Archive:
         try:
             answer = urllib.request.urlopen(request, timeout=_SILENCE)
         except urllib.error.HTTPError as error:
-            with error:
+            if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+                error.close()
                 if error.code in (http.client.NOT_FOUND, http.client.GONE):
                     raise FileNotFoundError(url) from None
-                if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
-                    raise self._unreachable(f"status {error.code} for {path}") from None
+                raise self._unreachable(f"status {error.code} for {path}") from None
             answer = error
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise self._unreachable(str(getattr(error, "reason", error))) from None
