@@ -10,11 +10,11 @@ from pathlib import Path
 import click
 
 from pykvm.cli.lab_options import accel_option
-from pykvm.cli.lab_progress import bad_lines, counts_text, results_table
+from pykvm.cli.lab_progress import bad_lines, counts_text, judge, results_table
 from pykvm.cli.lab_test import check_writable, checkout
 from pykvm.cli.sending import write_text
 from pykvm.cli.session import Session, output_options
-from pykvm.errors import LabDiedError, LabError, LabTimeoutError, PykvmError, UsageError
+from pykvm.errors import LabError, PykvmError, UsageError
 from pykvm.lab import kernels, matrix
 from pykvm.lab.archive import Archive
 from pykvm.lab.cache import Cache
@@ -71,7 +71,7 @@ class _Progress:
     "--kernel",
     "series",
     multiple=True,
-    help="Kernel series (6.12); may be repeated.  [default: all that are prepared, or else all that are offered]",
+    help="Kernel series (6.12); may be repeated.  [default: all that are prepared, else all offered ones]",
 )
 @click.option(
     "--kvm",
@@ -257,14 +257,4 @@ def _judge(cells: Sequence[Saved], state: State, failed: dict[str, str], session
         session.note(f"{plural(older, 'cell')} of an older state; run them again with --again older.")
     for name, error in failed.items():
         raise LabError(f"{plural(len(failed), 'cell')} could not be run; the first is {name}: {error}")
-    for status, kind_of_error in (
-        ("died", LabDiedError),
-        ("timeout", LabTimeoutError),
-        ("broken", PykvmError),
-    ):
-        for result in bad:
-            if result.state == status:
-                raise kind_of_error(f"{result.kind} with Linux {result.release}: {result.problem}")
-    tests = sum(len(result.bad) for result in bad)
-    if tests:
-        raise PykvmError(f"{plural(tests, 'test')} failed; the page says where and why.")
+    judge(bad)

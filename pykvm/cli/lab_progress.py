@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from pykvm.errors import LabDiedError, LabTimeoutError, PykvmError
 from pykvm.lab.results import Case, SuiteResult
 from pykvm.report.text import plural, seconds_text
 
@@ -105,3 +106,15 @@ def summary(results: Iterable[SuiteResult]) -> str:
     results = list(results)
     counts = Counter(case.outcome for result in results for case in result.cases)
     return f"{plural(sum(counts.values()), 'test')} in {plural(len(results), 'lab')}: {counts_text(counts)}."
+
+
+def judge(results: Sequence[SuiteResult]) -> None:
+    """Raise what the exit status is to say: a lab that died first, then one out of time, then failed
+    tests."""
+    for state, error in (("died", LabDiedError), ("timeout", LabTimeoutError), ("broken", PykvmError)):
+        for result in results:
+            if result.state == state:
+                raise error(f"{result.kind} with Linux {result.release}: {result.problem}")
+    bad = sum(len(result.bad) for result in results)
+    if bad:
+        raise PykvmError(f"{plural(bad, 'test')} failed; the lines above say which and why.")

@@ -10,10 +10,10 @@ from typing import Any
 import click
 
 from pykvm.cli.lab_options import DEFAULT_KIND, accel_option
-from pykvm.cli.lab_progress import SuiteProgress, bad_lines, results_table, summary
+from pykvm.cli.lab_progress import SuiteProgress, bad_lines, judge, results_table, summary
 from pykvm.cli.parameters import duration_type
 from pykvm.cli.session import Session, output_options
-from pykvm.errors import LabDiedError, LabTimeoutError, PykvmError, UsageError
+from pykvm.errors import UsageError
 from pykvm.lab import environment, kernels, selections
 from pykvm.lab import session as lab_session
 from pykvm.lab.cache import Cache
@@ -23,7 +23,6 @@ from pykvm.lab.kinds import KINDS, kind
 from pykvm.lab.results import SuiteResult
 from pykvm.lab.selections import SELECTIONS
 from pykvm.lab.suite import SuiteSpec, run_suite
-from pykvm.report.text import plural
 
 
 def checkout() -> Path:
@@ -54,20 +53,6 @@ def check_writable(path: Path | None) -> None:
     """UsageError now, rather than after an hour of tests, if a report cannot be written."""
     if path is not None and not path.parent.is_dir():
         raise UsageError(f"Cannot write {path}: there is no folder {path.parent}.")
-
-
-def judge(results: Sequence[SuiteResult]) -> None:
-    """Raise what the exit status is to say: a lab that died first, then one out of time, then failed
-    tests."""
-    for state, error in (("died", LabDiedError), ("timeout", LabTimeoutError), ("broken", PykvmError)):
-        for result in results:
-            if result.state == state:
-                raise error(f"{result.kind} with Linux {result.release}: {result.problem}")
-    bad = sum(len(result.bad) for result in results)
-    if bad:
-        raise PykvmError(f"{plural(bad, 'test')} failed; the lines above say which and why.")
-    if not any(result.cases for result in results):
-        raise UsageError("No test was chosen; see 'pykvm lab test --help' for how to choose some.")
 
 
 @click.command("test", short_help="Run the real-KVM tests of this checkout in labs.")
@@ -177,6 +162,8 @@ def command(
         session.out.print(line, markup=False, soft_wrap=True)
     session.out.print(summary(results), markup=False)
     judge(results)
+    if not any(result.cases for result in results):
+        raise UsageError("No test was chosen; see 'pykvm lab test --help' for how to choose some.")
 
 
 def _write_junit(path: Path, results: Sequence[SuiteResult]) -> None:
