@@ -15,6 +15,8 @@ import pytest
 from pykvm.cli import lab_matrix, lab_test
 from pykvm.errors import HostError, LabDiedError, LabTimeoutError, UsageError
 from pykvm.lab import environment, kernels, matrix
+from pykvm.lab import session as lab_session
+from pykvm.lab.cache import Cache
 from pykvm.lab.kernels import PreparedKernel
 from pykvm.lab.matrix import Saved, Store, Task, now
 from pykvm.lab.results import Case, SuiteResult
@@ -51,9 +53,7 @@ def lab(no_labs: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeLab
 
     def play(*boots: list[Any]) -> FakeLab:
         fake = FakeLab(*boots)
-        monkeypatch.setattr(
-            lab_test.lab_session, "run", lambda cache, emulator, spec, sinks: fake(spec, sinks)
-        )
+        monkeypatch.setattr(lab_session, "run", lambda cache, emulator, spec, sinks: fake(spec, sinks))
         return fake
 
     return play
@@ -251,8 +251,8 @@ def cells(no_labs: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> lis
     return ran_cells
 
 
-def matrix_cache(folder: Path) -> Any:
-    return lab_matrix.Cache(folder / "cache")
+def matrix_cache(folder: Path) -> Cache:
+    return Cache(folder / "cache")
 
 
 KINDS = ["--kvm", "amd-npt", "--kvm", "amd-npt-oldmmu", "--kvm", "intel-ept"]
