@@ -60,6 +60,7 @@ class FakeApt:
         (keys / "debian-archive-keyring.gpg").touch()
         monkeypatch.setattr(apt, "KEYRING_FOLDER", keys)
         monkeypatch.setenv("PATH", str(self._bin))
+        monkeypatch.chdir(folder)  # where programs write that get no folder of their own
         for name, body in {
             "apt-get": "exit 0",
             "apt-cache": "exit 0",
