@@ -7,10 +7,17 @@ from pathlib import Path
 import click
 
 from pykvm.cli.session import Session, output_options
-from pykvm.lab.cache import PARTS, Cache
+from pykvm.lab.cache import Cache
 from pykvm.report.text import bytes_text
 
-_PARTS = {"runs": "runs", "layers": "layers", "kernels": "kernels", "tools": "tools", "lists": "apt"}
+_PARTS = {
+    "runs": "runs",
+    "layers": "layers",
+    "kernels": "kernels",
+    "tools": "tools",
+    "lists": "apt",
+    "results": "results",
+}
 
 
 @click.command("clean", short_help="Free the disk that labs use.")
@@ -19,7 +26,8 @@ _PARTS = {"runs": "runs", "layers": "layers", "kernels": "kernels", "tools": "to
 @click.option("--kernels", is_flag=True, help="Kernels; the next run fetches what it needs.")
 @click.option("--tools", is_flag=True, help="QEMU, Bochs, busybox; fetched and built again when needed.")
 @click.option("--lists", is_flag=True, help="The archive's lists, and what an interrupted download left.")
-@click.option("--all", "everything", is_flag=True, help="All of these.")
+@click.option("--all", "everything", is_flag=True, help="All of these but --results.")
+@click.option("--results", is_flag=True, help="Cells of 'pykvm lab matrix'; it would run them again.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @output_options
 def command(session: Session, everything: bool, dry_run: bool, **chosen: bool) -> None:
@@ -29,9 +37,11 @@ def command(session: Session, everything: bool, dry_run: bool, **chosen: bool) -
     named.
     """
     cache = Cache()
-    parts = [part for option, part in _PARTS.items() if everything or chosen[option]] or ["runs", "layers"]
+    parts = [
+        part for option, part in _PARTS.items() if chosen[option] or (everything and option != "results")
+    ] or ["runs", "layers"]
     cleaned = cache.clean(parts, dry_run=dry_run)
-    left = sum(cache.usage()[part] for part in PARTS)
+    left = sum(cache.usage().values())
     session.document |= {
         "cache": str(cache.root),
         "dry_run": dry_run,

@@ -25,8 +25,9 @@ from pykvm.errors import HostError
 Note = Callable[[str], None]
 """Takes one line of progress, for people."""
 
-PARTS: Final = ("apt", "kernels", "tools", "layers", "runs")
-"""The folders of a cache: the archive's lists, unpacked kernels, emulators, packed file systems, runs."""
+PARTS: Final = ("apt", "kernels", "tools", "layers", "runs", "results")
+"""The folders of a cache: the archive's lists, unpacked kernels, emulators, packed file systems, runs, and
+what the matrix found."""
 
 LAYERS_LIMIT: Final = 2 << 30
 """Bytes that layers may take before the ones that were not used for long are removed."""
@@ -204,6 +205,10 @@ class Cache:
             folder._end()
             os.close(hold)
 
+    def running(self) -> bool:
+        """Whether a lab of this cache runs, in whatever process."""
+        return any(is_used(path) for path in self.entries("runs"))
+
     def _sweep_runs(self, runs: Path) -> None:
         kept = []
         for path in sorted(entry for entry in runs.iterdir() if not entry.name.startswith(".")):
@@ -262,7 +267,9 @@ class Cache:
         freed, removed, in_use = 0, [], []
         for path in paths:
             size = size_of(path)
-            if is_used(path) if dry_run else not self._remove_built(path):
+            # A lab holds its layers and its run folder; a kernel or an emulator may be any running lab's.
+            shared = path.parent.name in ("kernels", "tools") and self.running()
+            if shared or (is_used(path) if dry_run else not self._remove_built(path)):
                 in_use.append(path)
             else:
                 freed += size

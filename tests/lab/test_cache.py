@@ -315,6 +315,24 @@ time.sleep(100)
     assert set(actions[how]().removed) >= {used, folder}  # the user is dead
 
 
+@pytest.mark.parametrize("part", ["kernels", "tools"])
+def test_kernels_and_tools_stay_while_any_lab_runs(cache: Cache, part: str) -> None:
+    path = entry(cache, part, "a")
+    body = """
+hold = cache.run_folder()
+hold.__enter__()
+print("ready", flush=True)
+time.sleep(100)
+"""
+    with another_process(cache, body):
+        assert cache.running()
+        assert cache.clean([part], dry_run=True).in_use == (path,)
+        assert cache.clean([part]).in_use == (path,)
+        assert cache.discard([path]).in_use == (path,)
+    assert not cache.running()  # it is dead, and so is its hold
+    assert cache.clean([part]).removed == (path,)
+
+
 def test_using_what_is_gone_is_one_sentence(cache: Cache) -> None:
     with pytest.raises(HostError, match="run the command again"), cache.use(cache.root / "layers" / "a"):
         pass
