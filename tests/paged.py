@@ -18,6 +18,7 @@ from pykvm.guest.launch import PAGING
 from pykvm.guest.modes import MODES, why_mode_fails
 from pykvm.guest.pagetables import PageTables
 from pykvm.machine import DirtyRingFull, Exit, Machine, System, Vcpu
+from pykvm.machine.emulation import QEMU_TCG, emulator
 from pykvm.memory import PAGE_SIZE, GuestMemory
 from pykvm.model.cpu.features import Features
 from pykvm.model.paging import Access, Control, Walk, read_pdptes, walk
@@ -93,18 +94,33 @@ LAYOUTS: Final = tuple(
 PAGED: Final = tuple(layout for layout in LAYOUTS if layout.paged)
 
 
+_REASONS: Final[dict[tuple[str, int], str | None]] = {}
+_READS: Final[dict[tuple[str, str, int], bool]] = {}
+"""What was found out once, since a machine takes a second to make where the processor is emulated."""
+
+
 def why_not(system: System, layout: Layout) -> str | None:
     """A sentence where the system cannot run such a guest."""
     if system.backend == "model":
         return None
-    reason = why_mode_fails(system, layout.name, cpl=layout.cpl)
-    if reason is not None:
-        reason = f"This KVM does not run {layout.mode.value} at CPL {layout.cpl}: {reason}"
-    elif layout.page_size == GIB:
+    if (layout.name, layout.cpl) not in _REASONS:
+        reason = why_mode_fails(system, layout.name, cpl=layout.cpl)
+        if reason is not None:
+            reason = f"This KVM does not run {layout.mode.value} at CPL {layout.cpl}: {reason}"
+        _REASONS[layout.name, layout.cpl] = reason
+    reason = _REASONS[layout.name, layout.cpl]
+    if reason is None and layout.page_size == GIB:
         with system.create_machine() as machine:
             if not has_1g_pages(machine.supported_cpuid):
                 reason = "This KVM offers its guests no 1 GiB pages (CPUID 0x80000001, EDX bit 26)."
     return reason
+
+
+def _reports_reads(system: System, layout: Layout) -> bool:
+    key = system.backend, layout.name, layout.cpl
+    if key not in _READS:
+        _READS[key] = marks_reads(system, layout.name, layout.cpl)
+    return _READS[key]
 
 
 def with_everything(cpuid: Iterable[CpuidEntry]) -> list[CpuidEntry]:
@@ -204,7 +220,7 @@ class PagedGuest:
     def __init__(self, system: System, layout: Layout, tracker: Tracker) -> None:
         self.layout = layout
         self.tracker = tracker
-        self.reads_are_marked = marks_reads(system, layout.name, layout.cpl)
+        self.reads_are_marked = _reports_reads(system, layout)
         self.machine: Machine = system.create_machine()
         self.memory = GuestMemory(MEMORY)
         try:
@@ -258,7 +274,7 @@ class PagedGuest:
         special, features = self._start.special, Features.of(self._cpuid)
         pdptrs = (0, 0, 0, 0)
         if self.layout.mode is BootMode.PAE:
-            pdptrs = read_pdptes(read, special.cr3, features.physical_bits) or pdptrs
+            pdptrs = read_pdptes(self._pdpte, special.cr3, features.physical_bits) or pdptrs
         control = Control(
             cr0=special.cr0,
             cr3=special.cr3,
@@ -271,6 +287,11 @@ class PagedGuest:
             amd=features.amd,
         )
         return walk(read, control, linear, access)
+
+    def _pdpte(self, gpa: int, size: int) -> int:
+        """One of PAE's four, without A, which is reserved there: TCG's nested walks set it all the same."""
+        ignored = int(Pte.A) if emulator() == QEMU_TCG else 0
+        return int.from_bytes(self.memory.read(gpa, size), "little") & ~ignored
 
     def _apply(self, found: Prediction, made: Walk) -> None:
         assert made.error is None, made

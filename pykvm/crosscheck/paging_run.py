@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
 
 from pykvm.crosscheck.paging_cases import Features, PagingCase, first_legacy
 from pykvm.crosscheck.paging_guest import CASES_PER_MACHINE, PagingOutcome, PagingRoom
+from pykvm.crosscheck.paging_known import known
 from pykvm.errors import UsageError
 from pykvm.machine import System
-from pykvm.machine.emulation import QEMU_TCG, emulator
 from pykvm.x86.bits import PageFault, Pte
 from pykvm.x86.cpuid import CpuidEntry
 
@@ -127,7 +126,8 @@ def run_paging(
             words = compare(case, (system_a.backend, a), (system_b.backend, b))
             if words:
                 walk = explain(case, subject.cpuid) if explain else ""
-                differences.append(PagingDifference(case, words, known(case, a, b), walk))
+                expected, other = (b, a) if system_b.backend == "model" else (a, b)
+                differences.append(PagingDifference(case, words, known(case, expected, other), walk))
         count += len(batch)
         if progress:
             progress(count)
@@ -167,43 +167,6 @@ def compare(case: PagingCase, a: tuple[str, PagingOutcome], b: tuple[str, Paging
         for one, two in zip(_observations(case, first), _observations(case, second), strict=True)
         if one != two
     )
-
-
-def known(case: PagingCase, a: PagingOutcome, b: PagingOutcome) -> str:
-    """Why two outcomes that differ are both right, or an emulator's fault; empty where nothing says so.
-
-    A processor sets A in whatever entries it uses, even where the access then faults (SDM vol. 3, 4.8).
-    KVM's walks set none then, and KVM's emulator makes a read-modify-write a read and then a write, whose
-    read sets them (docs/kvm-findings.md).
-    """
-    emulated = _emulator_bug(a, b)
-    if emulated:
-        a, b = (replace(each, error=(each.error or 0) | PageFault.P) for each in (a, b))
-    if a == b:
-        return emulated
-    same = replace(a, flags=()) == replace(b, flags=())
-    if same and a.end == "#PF" and _only_used_entries(case, a, b):
-        return emulated or "A may be set in the entries used by an access that faults (SDM vol. 3, 4.8)."
-    return ""
-
-
-def _only_used_entries(case: PagingCase, a: PagingOutcome, b: PagingOutcome) -> bool:
-    """Whether flags differ in A alone, and only where a walk gets: behind no entry that is not present."""
-    present = True
-    for (_, entry), one, two in zip(case.entries(0, 0, 46), a.flags, b.flags, strict=True):
-        present = present and bool(entry & Pte.P)
-        if one != two and ((one ^ two) & ~int(Pte.A) or not present):
-            return False
-    return True
-
-
-def _emulator_bug(a: PagingOutcome, b: PagingOutcome) -> str:
-    """The name of a bug of the emulator below KVM that explains different error codes."""
-    if emulator() != QEMU_TCG or a.error is None or b.error is None:
-        return ""
-    if a.error ^ b.error == PageFault.P and a.error & PageFault.RSVD:
-        return "emulator: QEMU's TCG leaves P out of the error code of a reserved bit."
-    return ""
 
 
 def _observations(case: PagingCase, outcome: PagingOutcome) -> Iterator[str]:

@@ -9,7 +9,8 @@ from typing import Final
 from pykvm.cli.walks import explain, walks
 from pykvm.crosscheck.paging_cases import Features, Kind, PagingCase
 from pykvm.crosscheck.paging_guest import FRAMES, TABLES, PagingOutcome
-from pykvm.crosscheck.paging_run import PagingDifference, Subject, compare, known, outcomes
+from pykvm.crosscheck.paging_known import known
+from pykvm.crosscheck.paging_run import PagingDifference, Subject, compare, outcomes
 from pykvm.machine import System
 from pykvm.x86.cpuid import CpuidEntry
 
