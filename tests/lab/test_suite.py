@@ -364,6 +364,13 @@ SAMPLE = """
     @pytest.mark.emulator_bug("bochs", "Bochs forgets it")
     @pytest.mark.xfail(reason="other", strict=False)
     def test_other_bug(): assert False
+    @pytest.mark.emulator_bug("qemu-tcg", "TCG forgets it")
+    def test_no_bug(): assert False, "for another reason"
+    @pytest.fixture
+    def reluctant():
+        yield
+        pytest.skip("nothing to tidy up")
+    def test_skips_after(reluctant): assert False, "before"
     def test_says(record_property):
         record_property("kvm", True)
         print("said before it failed")
@@ -430,7 +437,7 @@ def run_plugin(folder: Path, source: str, **environment: str) -> tuple[int, list
 def test_the_plugin_writes_what_happens(tmp_path: Path) -> None:
     status, records, output = run_plugin(tmp_path, SAMPLE)
     assert status == 1, output
-    assert records[0] == {"event": "session", "kernel": os.uname().release, "collected": 13}
+    assert records[0] == {"event": "session", "kernel": os.uname().release, "collected": 15}
     assert records[-1] == {"event": "end", "status": 1}
     results = {item["nodeid"].partition("::")[2]: item for item in records if item["event"] == "result"}
     starts = [item["nodeid"].partition("::")[2] for item in records if item["event"] == "start"]
@@ -446,6 +453,8 @@ def test_the_plugin_writes_what_happens(tmp_path: Path) -> None:
         "test_setup": ("failed", "in setup: OSError: cannot set up"),
         "test_bug": ("xfailed", "emulator"),
         "test_other_bug": ("xfailed", "other"),
+        "test_no_bug": ("failed", "AssertionError: for another reason"),
+        "test_skips_after": ("failed", "AssertionError: before"),
         "test_says": ("failed", "Failed: plainly"),
         "test_names[\\xfc\\n]": ("passed", ""),
         "test_names[b]": ("passed", ""),
@@ -487,6 +496,7 @@ def test_the_plugin_ends_a_test_over_its_limit_but_not_one_with_a_longer_own(tmp
         ("result", "test_patient"),
         ("start", "test_hangs"),
     ]
+    assert [item["outcome"] for item in records if item["event"] == "result"] == ["passed", "passed"]
     assert "Timeout (" in output
     assert "test_hangs" in output
 
