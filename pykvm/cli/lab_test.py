@@ -126,7 +126,9 @@ def command(
     """
     root = checkout()
     chosen = selections.selection(selection_name)
-    wanted = test_paths(root, Path.cwd(), paths) or chosen.paths
+    wanted = test_paths(root, Path.cwd(), paths)
+    if not wanted:
+        wanted, keyword = chosen.paths, selections.both(chosen.keyword, keyword)
     check_writable(junit)
     cache = Cache()
     results: list[SuiteResult] = []

@@ -39,15 +39,23 @@ SELECTIONS: Mapping[str, Selection] = {
     for item in (
         Selection(
             "smoke",
-            "a dirty log by bitmap and by ring, slots and exits: does KVM work at all",
-            ("tests/kvm/test_traps_slots.py", "tests/kvm/test_dirty_log_fetch.py"),
-            timeout=600,
+            "slots, fetched logs, every tracker, every guest mode: does KVM work at all",
+            (
+                "tests/kvm/test_traps_slots.py",
+                "tests/kvm/test_dirty_log_fetch.py",
+                "tests/track/test_trackers.py",
+                "tests/guest/test_launch.py",
+            ),
+            # Two of them take as long as all others together.
+            keyword="not 64005 and not forked_child",
+            timeout=900,
         ),
         Selection(
             "core",
-            "the rules of KVM's dirty logging, vCPU state, exits, and every tracker",
-            ("tests/kvm", "tests/track"),
-            timeout=1800,
+            "KVM's interface and its traps, dirty logging in every paging mode, every tracker, every guest mode",
+            ("tests/kvm", "tests/track", "tests/guest/test_launch.py"),
+            keyword="not hundreds_of_machines and not closing_in_any_order_from_any_thread",
+            timeout=2400,
             under_bochs="smoke",
         ),
         Selection(
@@ -78,3 +86,8 @@ def limits(chosen: Selection, *, slow: bool) -> tuple[float, float]:
     """Seconds for the whole lab and for one test."""
     factor = BOCHS_FACTOR if slow else 1.0
     return chosen.timeout * factor, chosen.test_timeout * factor
+
+
+def both(one: str, other: str) -> str:
+    """An expression for -k that holds where both do; empty ones hold everywhere."""
+    return f"({one}) and ({other})" if one and other else one or other

@@ -20,6 +20,7 @@ from pykvm.lab.cache import Cache
 from pykvm.lab.kernels import PreparedKernel
 from pykvm.lab.matrix import Saved, Store, Task, now
 from pykvm.lab.results import Case, SuiteResult
+from pykvm.lab.selections import selection
 from tests.cli.runner import ROOT, Result, execute, invoke
 from tests.cli.test_documents import check_keys
 from tests.lab.fake_lab import FakeLab, end, ran, record, session, start
@@ -158,6 +159,17 @@ def test_paths_and_keywords_reach_the_lab(
     assert spec.timeout == pytest.approx(90, abs=5)
     assert spec.environment["PYKVM_LAB_TEST_TIMEOUT"] == "5"
     assert spec.directory == str(ROOT)
+
+
+def test_a_keyword_narrows_a_selection(
+    capfd: pytest.CaptureFixture[str], lab: Callable[..., FakeLab]
+) -> None:
+    fake = lab(passing("a"))
+    assert invoke(capfd, "lab", "test", "--selection", "smoke", "-k", "a or b").status == 0
+    smoke = selection("smoke")
+    command = fake.specs[0].command
+    assert command[command.index("-k") + 1] == f"({smoke.keyword}) and (a or b)"
+    assert command[-len(smoke.paths) :] == smoke.paths
 
 
 @pytest.mark.parametrize("path", ["tests/nowhere.py", "/etc/passwd"])

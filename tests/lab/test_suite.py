@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -14,7 +15,7 @@ import pytest
 
 from pykvm.errors import HostError, LabDiedError, LabTimeoutError
 from pykvm.lab.results import OUTCOMES, Case, GarbledResult, SuiteResult
-from pykvm.lab.selections import SELECTIONS, fitting, limits, selection
+from pykvm.lab.selections import SELECTIONS, both, fitting, limits, selection
 from pykvm.lab.suite import run_suite
 from tests.lab.fake_lab import (
     KERNEL,
@@ -322,6 +323,21 @@ def test_no_document_is_refused() -> None:
 def test_selections_name_what_exists(name: str) -> None:
     for path in selection(name).paths:
         assert (ROOT / path.partition("::")[0]).exists(), path
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_selections_leave_out_what_exists(name: str) -> None:
+    text = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for word in re.findall(r"\w{3,}", selection(name).keyword):
+        assert word in ("not", "and") or word in text, word
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [("", "", ""), ("a or b", "", "a or b"), ("", "c", "c"), ("a or b", "not c", "(a or b) and (not c)")],
+)
+def test_expressions_join(one: str, other: str, expected: str) -> None:
+    assert both(one, other) == expected
 
 
 def test_bochs_gets_less_to_do_and_more_time() -> None:
