@@ -287,8 +287,13 @@ class Structure(HTMLParser):
 
 
 def test_the_html_page_is_whole_and_escaped() -> None:
-    evil = saved("6.1", "amd-npt", Case("t<b>", "failed", reason="<script>alert(1)</script>"))
-    for cells in (CELLS, [evil], []):
+    bad = "<script>alert('&')</script>"
+    evil = [
+        saved("6.1", "amd-npt", Case(bad, "failed", reason=bad), emulator=bad, facts=info(**{bad: 1})),
+        saved("6.2", "amd-npt", state=State(bad, bad), facts={"mmu": {"kind": bad}, "capabilities": {}}),
+        saved("6.2", "amd-shadow", not_offered=bad),
+    ]
+    for cells in (CELLS, evil, []):
         text = page.matrix_page(report(cells, CORE, NOW, WHEN))
         parser = Structure()
         parser.feed(text)
