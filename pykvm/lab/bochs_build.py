@@ -58,7 +58,7 @@ CONFIGURE: Final = (
     "--disable-docbook",
     "--with-nogui",
 )
-FLAGS: Final = "-O2 -w -fno-plt"
+FLAGS: Final = "-O3 -fomit-frame-pointer -fno-plt -w"
 
 _BIOS: Final = "usr/share/bochs/BIOS-bochs-latest"
 _OBJECTS: Final = 300  # roughly what make compiles
@@ -97,6 +97,19 @@ PATCHES: Final = (
     *msr = (index == 0x1a0);
     return (index == 0x1a0 || index == 0xe7 || index == 0xe8) ? 1 : -1;
   }""",
+    ),
+    # A guest that resets itself has ended; the BIOS cannot even start it again, since it writes the locked
+    # IA32_FEATURE_CONTROL.
+    Patch(
+        "pc_system.cc",
+        r"int bx_pc_system_c::Reset\(unsigned type\)\n\{\n",
+        r"""\g<0>  static bool started = false;
+  if (started) {
+    bx_user_quit = 1;
+    BX_FATAL(("the guest was reset"));
+  }
+  started = true;
+""",
     ),
     # VM entry and exit may change CR4.LA57 even in long mode; Bochs takes that for a fault of its own, stops,
     # and would go on with the width of linear addresses of the other side.

@@ -55,24 +55,15 @@ def video_rom() -> bytes:
 
 
 def boot_rom() -> bytes:
-    """Enters the kernel's setup; at the second time, which is a reset of the guest, it ends Bochs instead.
-
-    A byte of the CMOS memory, which a reset leaves alone, tells the two apart.
-    """
-    first = bytes.fromhex(
-        "b03f e670 b0a5 e671"  # CMOS 0x3f = 0xa5
-        "b80090 8ed8 8ec0 8ed0 8ee0 8ee8"  # ds, es, ss, fs, gs = 0x9000
-        "bc00de"  # sp = 0xde00
-        "ea00002090"  # jmp 0x9020:0, the setup's second sector
+    """Enters the kernel's setup."""
+    return rom(
+        bytes.fromhex(
+            "fa"  # cli
+            "b80090 8ed8 8ec0 8ed0 8ee0 8ee8"  # ds, es, ss, fs, gs = SETUP_AT >> 4
+            "bc00de"  # sp = _HEAP_END
+            "ea00002090"  # jmp to the setup's second sector
+        )
     )
-    ask = bytes.fromhex("fa b03f e670 e471 3ca5 74") + bytes(
-        [len(first)]
-    )  # cli; is it 0xa5? then over ``first``
-    word = b"Shutdown"  # written to port 0x8900 it makes Bochs quit
-    again = bytes.fromhex("fc 0e1f ba0089 b9") + struct.pack("<H", len(word)) + b"\xbe"  # ds = cs; si follows
-    end = bytes.fromhex("f36e f4 ebfd")  # rep outsb; hlt; again
-    text_at = 3 + len(ask) + len(first) + len(again) + 2 + len(end)
-    return rom(ask + first + again + struct.pack("<H", text_at) + end + word)
 
 
 def split(image: bytes, name: str) -> tuple[bytearray, bytes]:

@@ -47,7 +47,8 @@ _RULES = (
     ),
     _rule(
         "emulator",
-        r">>PANIC<<(?P<detail>.*)",
+        # Bochs calls it a panic, too, when the guest switches itself off or resets itself.
+        r">>PANIC<< (?!ACPI control: soft power off|the guest was reset)(?P<detail>.*)",
         "Bochs itself gave up ({detail}), which says nothing about KVM",
         "bochs",
     ),

@@ -50,5 +50,13 @@ def test_a_bug_of_one_emulator_is_not_seen_under_another() -> None:
     assert diagnose(">>PANIC<< words", "qemu-tcg", running=True).blame == "unknown"
 
 
+@pytest.mark.parametrize("message", ["ACPI control: soft power off", "the guest was reset"])
+def test_a_guest_that_ends_itself_is_no_bug_of_bochs(message: str) -> None:
+    """Bochs writes the same word for it; what the kernel said before counts."""
+    log = f"00885785890p[ACPI  ] >>PANIC<< {message}\n"
+    assert diagnose(log, "bochs", running=True).blame == "unknown"
+    assert diagnose(SYSRQ + log, "bochs", running=True).blame == "kernel"
+
+
 def test_before_the_command_is_told_from_during_it() -> None:
     assert "before its command started" in diagnose("", "bochs", running=False).sentence
