@@ -296,9 +296,10 @@ def _one(tree: Path, *places: str) -> Path:
     )
 
 
-def trust_remark(kernel: Kernel) -> str:
+def trust_remark(kernel: Kernel | PreparedKernel) -> str:
     """Why modules may be trusted that no list vouches for; empty for others."""
-    if kernel.source == "index":
+    unlisted = kernel.enforce if isinstance(kernel, PreparedKernel) else kernel.source == "pool"
+    if not unlisted:
         return ""
     return (
         "the archive lists its modules no more: taken from the pool, and the kernel checks their signatures"

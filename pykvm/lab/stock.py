@@ -106,7 +106,8 @@ def _kernel(here: kernels.PreparedKernel | None, offer: kernels.Kernel | None) -
     if here is not None:
         disk = size_of(here.folder)
         if offer is None or offer.missing or offer.release == here.release:
-            return KernelStock(here.series, here.release, "prepared", newest, 0, disk, "")
+            remark = kernels.trust_remark(here)
+            return KernelStock(here.series, here.release, "prepared", newest, 0, disk, remark)
         remark = f"the archive has {offer.release}"
         return KernelStock(here.series, here.release, "outdated", newest, offer.download, disk, remark)
     assert offer is not None

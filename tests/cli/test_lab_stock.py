@@ -92,6 +92,14 @@ def test_list_says_what_is_prepared(run: Run) -> None:
     assert lines_with(result.out, "intel-ept ", "Bochs", "to prepare")
 
 
+def test_list_says_whose_modules_are_held_to_their_signatures(run: Run) -> None:
+    for _ in range(2):
+        remarks = {item["series"]: item["remark"] for item in run("list", "--json").document["kernels"]}
+        assert "checks their signatures" in remarks.pop("7.1")
+        assert not any(remarks.values())
+        run("prepare", "--kernel", "all")
+
+
 def test_list_names_newer_kernels(run: Run, archive: FakeArchive) -> None:
     newest = archive.listed.pop(2)
     run("prepare")
