@@ -54,10 +54,13 @@ Command = Callable[[Task], Sequence[str]]
 
 def cell_command(order: Callable[[Task], dict[str, str]]) -> Command:
     """The command for a cell: tethered, so that it ends with this process, however this one ends."""
+    # With -P the folder that this was started in is no place for modules, as it is for the console script: a
+    # lab packs what is installed, and an .egg-info that lies in a checkout would be taken for that.
+    python = (sys.executable, "-P", "-m")
 
     def command(task: Task) -> Sequence[str]:
-        tether = (sys.executable, "-m", "pykvm.lab.tether", str(os.getpid()))
-        return (*tether, sys.executable, "-m", "pykvm.lab.cell", json.dumps(order(task)))
+        tether = (*python, "pykvm.lab.tether", str(os.getpid()))
+        return (*tether, *python, "pykvm.lab.cell", json.dumps(order(task)))
 
     return command
 

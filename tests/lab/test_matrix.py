@@ -428,8 +428,11 @@ def test_a_cell_that_does_not_listen_is_killed(monkeypatch: pytest.MonkeyPatch, 
 
 def test_a_cells_command_is_tethered_and_carries_its_order(tmp_path: Path) -> None:
     command = cell_command(lambda item: {"release": item.kernel.release})(task("6.1"))
-    assert command[1:4] == ("-m", "pykvm.lab.tether", str(os.getpid()))
-    assert command[-2:] == ("pykvm.lab.cell", '{"release": "6.1"}')
+    python = (sys.executable, "-P", "-m")
+    assert command == (
+        *(*python, "pykvm.lab.tether", str(os.getpid())),
+        *(*python, "pykvm.lab.cell", '{"release": "6.1"}'),
+    )
 
 
 def test_a_real_cell_process_says_why_it_cannot(tmp_path: Path) -> None:
