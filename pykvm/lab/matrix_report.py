@@ -133,7 +133,7 @@ def text_of(cell: Mapping[str, Any] | None) -> str:
         return "not offered"
     counts = cell["counts"]
     judged = sum(counts.values()) - counts["skipped"]
-    text = f"{counts['passed']} of {judged}" if judged else "no result"
+    text = f"{counts['passed']} of {judged}" if judged else f"no result ({cell['state']})"
     rest = [f"{counts[name]} {name}" for name in OUTCOMES[1:] if counts[name]]
     if cell["left"]:
         rest.append(f"{cell['left']} not run")

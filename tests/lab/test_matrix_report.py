@@ -113,8 +113,11 @@ def test_cells_of_the_main_table() -> None:
 
 
 def test_a_cell_without_any_result_says_so() -> None:
-    (cell,) = report([saved("6.1", "amd-npt", state=NOW)], CORE, NOW, WHEN)["cells"]
-    assert text_of(cell) == "no result"
+    known = saved("6.1", "amd-npt", problem="Too slow.")
+    assert known.result is not None
+    late = Saved.from_json(known.to_json() | {"result": known.result.to_json() | {"state": "timeout"}})
+    (cell,) = report([late], CORE, NOW, WHEN)["cells"]
+    assert text_of(cell) == "no result (timeout)"
 
 
 def test_reasons_are_grouped_worst_first() -> None:
