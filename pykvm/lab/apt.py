@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from pykvm.errors import HostError
+from pykvm.lab import tether
 
 SUITES: Final[Mapping[str, tuple[str, ...]]] = {
     "bookworm": ("bookworm", "bookworm-security"),
@@ -200,12 +202,12 @@ def run(
     """Standard output of a program that is not waited for longer than ``timeout`` seconds.
 
     ``watch`` is called several times a second meanwhile.  Raises FailedError for a status other than 0, and
-    HostError if the program took too long; it does not outlive this call.
+    HostError if the program took too long.  It outlives neither this call nor this process.
     """
     name = Path(command[0]).name
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as problems:
         process = subprocess.Popen(
-            command,
+            (sys.executable, "-IS", tether.__file__, str(os.getpid()), *command),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=problems,

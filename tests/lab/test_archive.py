@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pykvm.errors import HostError
 from pykvm.lab import apt, archive
 from pykvm.lab.archive import Archive, ArchiveUnreachableError, Package, parse_stanzas
 from pykvm.lab.cache import Cache
+from tests.cli.runner import environment
 from tests.lab.fake_apt import STANZAS, URIS, FakeApt, archive_of
 
 BUSYBOX = Package(
@@ -298,6 +300,25 @@ def test_an_interrupted_wait_ends_the_program(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             apt.run(["/bin/sleep", "100"], timeout=100, watch=interrupt)
     assert not Path(f"/proc/{started[0]}").exists()
+
+
+def test_a_program_ends_with_a_killed_pykvm(tmp_path: Path) -> None:
+    script = f"echo $$ >'{tmp_path}/pid'; exec sleep 100"
+    code = f"from pykvm.lab import apt; apt.run(['/bin/sh', '-c', {script!r}], timeout=100)"
+    parent = subprocess.Popen([sys.executable, "-c", code], env=environment())
+    try:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        child = Path("/proc", (tmp_path / "pid").read_text().strip())
+        assert child.exists()
+    finally:
+        parent.kill()
+        parent.wait()
+    while child.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 # --- the pool ------------------------------------------------------------------------------------
