@@ -186,9 +186,12 @@ class Touch(NamedTuple):
 
 
 def program(layout: Layout, touches: Sequence[Touch]) -> bytes:
-    """mov rdi, address; mov [rdi], eax or mov eax, [rdi], for each; out DONE, al; jmp $."""
+    """mov rdi, address; mov [rdi], eax or mov eax, [rdi], for each; out DONE, al; jmp $.
+
+    A nop comes first: a vCPU set to the very OUT that it left by would step over it (hosts.md C.3).
+    """
     wide, narrow = layout.mode in WIDE, layout.mode is BootMode.PROTECTED16
-    code = b""
+    code = b"\x90"
     for what, page in touches:
         address = layout.linear(page)
         code += (b"\x48" if wide else b"\x66" if narrow else b"") + b"\xbf"

@@ -24,6 +24,17 @@ def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> 
 
 
 @known(
+    "undefined BSWAP",
+    "any",
+    "BSWAP of a 16-bit register is undefined (SDM vol. 2, BSWAP)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    swaps = len(opcode.code) == 2 and opcode.code[0] == 0x0F and 0xC8 <= opcode.code[1] <= 0xCF
+    short = (0x66 in opcode.prefixes) != (case.mode == 16)
+    return swaps and short and model.vector is other.vector is None
+
+
+@known(
     "undefined bytes at a page's end",
     "any",
     "how many bytes of an undefined instruction are fetched before #UD or #GP is not architectural",

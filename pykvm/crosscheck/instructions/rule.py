@@ -40,7 +40,7 @@ TABLE: Final[list[Known]] = []
 
 
 def known(name: str, who: str, why: str) -> Callable[[Applies], Applies]:
-    """Enter a rule into the table; ``who`` is ``host``, ``kvm`` or ``any``."""
+    """Enter a rule into the table; ``who`` is ``host``, ``kvm``, ``any``, or ``tcg`` for both in its labs."""
 
     def enter(applies: Applies) -> Applies:
         TABLE.append(Known(name, who, why, applies))
