@@ -233,7 +233,13 @@ def amd_cpuid() -> tuple[CpuidEntry, ...]:
 
 
 def same_segment(a: Segment, b: Segment) -> bool:
-    """Equal, but for what an unusable segment hides; KVM shows a usable SS behind a null selector."""
+    """Equal, but for what an unusable segment hides; KVM shows a usable SS behind a null selector.
+
+    On AMD KVM computes G from the limit (svm_get_segment), so it shows 0 for a limit that pages and bytes can both
+    express.
+    """
     if a.unusable and (b.unusable or not b.selector & ~3):
         return a.selector == b.selector
+    if a.limit == b.limit <= 0xFFFFF:
+        a = replace(a, g=b.g)
     return all(getattr(a, each.name) == getattr(b, each.name) for each in fields(Segment))

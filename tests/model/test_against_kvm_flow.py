@@ -13,7 +13,7 @@ import pytest
 from pykvm.kvm import KvmSystem
 from pykvm.machine import SpecialRegisters
 from pykvm.machine.exits import Exit, Halted, InternalError
-from pykvm.memory import GuestMemory
+from pykvm.memory import PAGE_SIZE, GuestMemory
 from pykvm.model.cpu.processor import Processor
 from pykvm.model.system import ModelSystem
 from pykvm.x86.registers import SEGMENTS, Registers
@@ -94,9 +94,13 @@ def _differences(cpu: Processor, registers: Registers, special: SpecialRegisters
         if not same_segment(c, d):
             found.append(f"{name}: model {c}\n{' ' * len(name)}  KVM   {d}")
     image = bytes(cpu.bus.bytes)  # type: ignore[attr-defined]
+    pages = (
+        at for at in range(0, SIZE, PAGE_SIZE) if image[at : at + PAGE_SIZE] != memory[at : at + PAGE_SIZE]
+    )
     return found + [
         f"[{at:#x}]: model {image[at : at + 4].hex()}, KVM {memory[at : at + 4].hex()}"
-        for at in range(0, SIZE, 4)
+        for page in pages
+        for at in range(page, page + PAGE_SIZE, 4)
         if image[at : at + 4] != memory[at : at + 4]
     ]
 
