@@ -9,8 +9,9 @@ import click
 
 from pykvm.cli.lab_options import DEFAULT_KIND
 from pykvm.cli.session import Session, output_options
+from pykvm.errors import HostError
 from pykvm.lab import bochs_build, kernels, toolbox
-from pykvm.lab.archive import Archive, ArchiveUnreachableError
+from pykvm.lab.archive import Archive
 from pykvm.lab.cache import Cache, size_of
 from pykvm.lab.kernels import DEFAULT_SERIES, PreparedKernel
 from pykvm.lab.kinds import KINDS, Kind, kind
@@ -121,7 +122,7 @@ def _kernel(session: Session, cache: Cache, archive: Archive, text: str) -> Prep
         return here
     try:
         offer = kernels.offer(archive, text)
-    except ArchiveUnreachableError as error:
+    except HostError as error:
         if here is None:
             raise
         session.note(f"{error} Linux {here.release} is prepared and stays.")

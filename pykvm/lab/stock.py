@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from pykvm.errors import HostError
 from pykvm.lab import bochs_build, kernels, toolbox
-from pykvm.lab.archive import Archive, ArchiveUnreachableError
+from pykvm.lab.archive import Archive
 from pykvm.lab.cache import Cache, size_of
 from pykvm.lab.kinds import Kind
 
@@ -72,7 +73,7 @@ def take(cache: Cache, archive: Archive, *, offline: bool = False) -> Stock:
             offers = kernels.offered(archive)
             for name in TOOLS:
                 download_of(archive, name)
-        except ArchiveUnreachableError as error:
+        except HostError as error:  # no network, or no apt
             unreachable = str(error)
     return Stock(_kernels(cache, offers), tuple(_tools(cache, archive)), unreachable)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pykvm.cli import lab_list, lab_prepare
+from pykvm.errors import HostError
 from pykvm.lab import bochs_build
 from pykvm.lab.archive import Package
 from pykvm.lab.bochs_build import Built
@@ -135,6 +136,16 @@ def test_list_without_a_network_and_without_anything(run: Run, archive: FakeArch
     assert "could not be reached" in result.err
     assert "No kernel is prepared" in result.out
     assert "would fetch" not in result.out
+
+
+def test_without_apt_what_is_prepared_is_listed_and_stays(run: Run, archive: FakeArchive) -> None:
+    run("prepare")
+    archive.reachable, archive.problem = False, HostError("There is no apt-get.")
+    for name in ("list", "prepare"):
+        result = run(name)
+        assert result.status == 0
+        assert "There is no apt-get." in result.err
+        assert lines_with(result.out, "6.12.117+deb13", "prepared")
 
 
 def test_list_offline_asks_nobody(run: Run, archive: FakeArchive) -> None:

@@ -35,11 +35,12 @@ class FakeArchive(Archive):
         self.fetched: list[str] = []
         self.updates = 0
         self.reachable = True
+        self.problem: HostError = ArchiveUnreachableError("Debian's archive could not be reached.")
         self.breaks_after: int | None = None
 
     def update(self, *, force: bool = False) -> None:
         if not self.reachable:
-            raise ArchiveUnreachableError("Debian's archive could not be reached.")
+            raise self.problem
         self.updates += 1
 
     def packages(self, pattern: str) -> list[Package]:
