@@ -235,8 +235,7 @@ def amd_cpuid() -> tuple[CpuidEntry, ...]:
 def same_segment(a: Segment, b: Segment) -> bool:
     """Equal, but for what an unusable segment hides; KVM shows a usable SS behind a null selector.
 
-    On AMD KVM computes G from the limit (svm_get_segment), so it shows 0 for a limit that pages and bytes can both
-    express.
+    On AMD KVM computes G from the limit (svm_get_segment), so it shows 0 for a limit that needs no pages.
     """
     if a.unusable and (b.unusable or not b.selector & ~3):
         return a.selector == b.selector

@@ -100,6 +100,7 @@ def _differences(cpu: Processor, registers: Registers, special: SpecialRegisters
     return found + [
         f"[{at:#x}]: model {image[at : at + 4].hex()}, KVM {memory[at : at + 4].hex()}"
         for page in pages
+        if image[page : page + PAGE_SIZE] != memory[page : page + PAGE_SIZE]
         for at in range(page, page + PAGE_SIZE, 4)
         if image[at : at + 4] != memory[at : at + 4]
     ]
