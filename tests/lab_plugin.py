@@ -4,6 +4,7 @@
 ``PYKVM_LAB_RECORDS`` names, at once and without a buffer:
 
     {"event": "facts", "facts": {…}}         what 'pykvm info --json' says of this host, if PYKVM_LAB_FACTS=1
+    {"event": "collected", "nodeid": …}      a file; collecting takes long there, and silence looks like death
     {"event": "session", "kernel": …, "collected": N}
     {"event": "start", "nodeid": …}          a test begins; without a result it is the one that killed the lab
     {"event": "result", "nodeid": …, "outcome": …, "seconds": …, "reason": …, "text": …, "kvm": …, "bug": …}
@@ -157,6 +158,8 @@ class Recorder:
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.write("broken", nodeid=report.nodeid, text=shortened(report.longreprtext))
+        elif report.nodeid.endswith(".py"):
+            self.write("collected", nodeid=report.nodeid)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._verdicts[nodeid] = Verdict()

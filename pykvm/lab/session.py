@@ -53,8 +53,8 @@ class RunSpec:
 
     ``timeout`` (seconds) counts from the start of the command, not of the boot.  ``put`` files lie in the
     working folder of the guest, ``out`` is where the files come that the command leaves in $PYKVM_LAB_OUT.
-    ``directory`` is the guest's working folder if it is another than /lab/work, ``memory`` is in MiB.
-    """
+    ``directory`` is the guest's working folder if it is another than /lab/work, ``memory`` is in MiB.  A
+    guest that says nothing for ``silence`` seconds after the command's start is taken for dead."""
 
     kernel: PreparedKernel
     kind: Kind
@@ -66,6 +66,7 @@ class RunSpec:
     directory: str | None = None
     memory: int | None = None
     console: Path | None = None
+    silence: float | None = None
 
 
 Sink = Callable[[bytes], None]
@@ -197,6 +198,7 @@ class _Session:
         )
 
     def _follow(self, process: subprocess.Popen[bytes], wire: IO[bytes], started: float) -> None:
+        heard = started
         while not self._done():
             ended = process.poll() is not None  # asked before reading, so that the last bytes are read
             data = wire.read(_WIRE_READ)
@@ -211,6 +213,7 @@ class _Session:
             if ended and not data:
                 raise self._died()
             now = time.monotonic()
+            heard = now if data else heard
             if self._ready_at is None and now - started > self._emulator.boot_timeout:
                 raise self._died(f"it did not start its command within {self._emulator.boot_timeout:.0f} s")
             if self._ready_at is not None and now - self._ready_at > self._spec.timeout:
@@ -219,6 +222,9 @@ class _Session:
                     f"The command did not end within {self._spec.timeout:g} s in {self._where()}; "
                     f"give it more with --timeout. The console log is {console}."
                 )
+            silence = self._spec.silence
+            if self._ready_at is not None and silence is not None and now - heard > silence:
+                raise self._died(f"it stood still, with nothing to hear from it for {silence:.0f} s")
             if not data:
                 time.sleep(_POLL)
 

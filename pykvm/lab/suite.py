@@ -26,6 +26,7 @@ from pykvm.lab.session import RunResult, RunSpec, Sinks
 FACTS_NODEID = "pykvm info"
 LEAVE_OUT = "tests-done"
 _KEPT_OUTPUT = 16_384
+_SILENCE = 60.0  # seconds beyond any test's limit: then it is the guest that stands still
 _PYTEST_FINE = (0, 1, 5)  # all passed, some failed, none chosen
 
 Runner = Callable[[RunSpec, Sinks], RunResult]
@@ -126,6 +127,7 @@ class _Suite:
             kind=self.spec.kind,
             command=self.command(),
             timeout=seconds,
+            silence=2 * self.spec.test_timeout + _SILENCE,
             put=(left_out,),
             environment=self.environment(),
             directory=str(self.spec.root),
@@ -225,9 +227,9 @@ class _Suite:
     # --- what goes into the lab
 
     def command(self) -> tuple[str, ...]:
+        options = "-p tests.lab_plugin -p no:cacheprovider -q --tb=short --no-header"
         # A file that cannot be imported there must not keep the others from running.
-        options = "-p tests.lab_plugin -p no:cacheprovider -q --tb=short --no-header --continue-on-collection-errors"
-        command = [sys.executable, "-m", "pytest", *options.split()]
+        command = [sys.executable, "-m", "pytest", *options.split(), "--continue-on-collection-errors"]
         if self.spec.marker:
             command += ["-m", self.spec.marker]
         if self.spec.keyword:
@@ -258,6 +260,7 @@ class _Suite:
                 "start": self.take_start,
                 "result": self.take_result,
                 "broken": self.take_broken,
+                "collected": lambda record: None,  # a sign of life
                 "end": self.take_end,
             }[event]
             handle(record)

@@ -141,6 +141,18 @@ def test_a_command_that_takes_too_long_is_ended(cache: Cache, tmp_path: Path) ->
     assert not left_running(cache)
 
 
+def test_a_guest_that_falls_silent_is_dead_and_one_that_speaks_is_not(cache: Cache, tmp_path: Path) -> None:
+    silent = "ready(); time.sleep(60)"
+    with pytest.raises(LabDiedError, match=r"it stood still, with nothing to hear from it for 1 s\."):
+        session.run(cache, FakeEmulator(silent), spec(tmp_path, silence=1.0), Taken().sinks())
+    speaks = """
+ready()
+for _ in range(5): time.sleep(0.5); send(Frame.RECORD, b"{}")
+send(Frame.EXIT, b"0")
+"""
+    assert session.run(cache, FakeEmulator(speaks), spec(tmp_path, silence=2.0), Taken().sinks()).status == 0
+
+
 def test_a_guest_that_never_starts_its_command_is_dead(cache: Cache, tmp_path: Path) -> None:
     emulator = FakeEmulator("console.write(b'booting\\n'); time.sleep(60)", boot_timeout=1.0)
     with pytest.raises(LabDiedError, match="did not start its command within 1 s"):

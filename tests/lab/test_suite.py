@@ -46,6 +46,7 @@ def test_records_become_a_result() -> None:
         [
             start("pykvm info"),
             record("facts", facts={"kernel": "6.1.0-43", "capabilities": {"DIRTY_LOG_RING": 65536}}),
+            record("collected", nodeid="tests/x.py"),
             session(3),
             *ran("a", kvm=True),
             *ran("b", "failed", reason="assert 1 == 2", text="E assert 1 == 2"),
@@ -56,6 +57,7 @@ def test_records_become_a_result() -> None:
     )
     watch = Watch()
     found = run_suite(suite_spec(slug="expected"), watch, lab)
+    assert watch.notes == []
     assert outcomes(found) == {"a": "passed", "b": "failed", "c": "xfailed"}
     assert found.cases[1] == Case("b", "failed", 0.5, "assert 1 == 2", "E assert 1 == 2", kvm=True)
     assert found.cases[2].bug == "TCG forgets it"
@@ -83,6 +85,7 @@ def test_the_command_runs_the_chosen_tests_in_the_checkout() -> None:
         *("-k", "ring and not slot", "--", "tests/kvm"),
     )
     assert sent.directory == "/checkout"
+    assert sent.silence == 75
     assert sent.timeout == pytest.approx(90, abs=1)
     assert sent.environment == {
         "PYKVM_LAB_FACTS": "1",
@@ -453,7 +456,9 @@ def run_plugin(folder: Path, source: str, **environment: str) -> tuple[int, list
 def test_the_plugin_writes_what_happens(tmp_path: Path) -> None:
     status, records, output = run_plugin(tmp_path, SAMPLE)
     assert status == 1, output
-    assert records[0] == {"event": "session", "kernel": os.uname().release, "collected": 15}
+    assert records[0]["event"] == "collected"
+    assert records[0]["nodeid"].endswith("test_sample.py")
+    assert records[1] == {"event": "session", "kernel": os.uname().release, "collected": 15}
     assert records[-1] == {"event": "end", "status": 1}
     results = {item["nodeid"].partition("::")[2]: item for item in records if item["event"] == "result"}
     starts = [item["nodeid"].partition("::")[2] for item in records if item["event"] == "start"]
@@ -488,9 +493,9 @@ def test_the_plugin_leaves_out_what_was_done(tmp_path: Path) -> None:
     done.write_text("".join(f"{item['nodeid']}\n" for item in records if item["event"] == "start")[:-10])
     status, records, _ = run_plugin(tmp_path, SAMPLE, PYKVM_LAB_LEAVE_OUT=str(done))
     assert status == 0
-    assert [item["event"] for item in records] == ["session", "start", "result", "end"]
-    assert records[0]["collected"] == 1
-    assert records[1]["nodeid"].endswith("test_names[b]")
+    assert [item["event"] for item in records] == ["collected", "session", "start", "result", "end"]
+    assert records[1]["collected"] == 1
+    assert records[2]["nodeid"].endswith("test_names[b]")
 
 
 def test_the_plugin_ends_a_test_over_its_limit_but_not_one_with_a_longer_own(tmp_path: Path) -> None:
@@ -504,7 +509,7 @@ def test_the_plugin_ends_a_test_over_its_limit_but_not_one_with_a_longer_own(tmp
     """
     status, records, output = run_plugin(tmp_path, source, PYKVM_LAB_TEST_TIMEOUT="0.3")
     assert status == 1
-    ends = [(item["event"], item["nodeid"].partition("::")[2]) for item in records[1:]]
+    ends = [(item["event"], item["nodeid"].partition("::")[2]) for item in records[2:]]
     assert ends == [
         ("start", "test_longer"),
         ("result", "test_longer"),
