@@ -70,8 +70,9 @@ def counts_text(counts: Counter[str]) -> str:
 def results_table(results: Iterable[SuiteResult]) -> Table:
     """Kernels by kinds, a row for each lab."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("kernel", "KVM", "emulator"):
+    for name in ("kernel", "KVM"):
         table.add_column(name, no_wrap=True)
+    table.add_column("emulator")
     for name in (*_COLUMNS, "left", "boot", "all"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in results:
@@ -85,8 +86,8 @@ def results_table(results: Iterable[SuiteResult]) -> Table:
             result.emulator or "?",
             *counts,
             str(result.left or "·"),
-            seconds_text(result.boot_seconds) if result.boot_seconds else "",
-            seconds_text(result.seconds),
+            f"{result.boot_seconds:.0f} s" if result.boot_seconds else "",
+            f"{result.seconds:.0f} s",
         )
     return table
 
