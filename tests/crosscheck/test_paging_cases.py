@@ -288,6 +288,17 @@ def test_no_walk_uses_what_lies_behind_an_entry_that_is_not_present() -> None:
     assert not known(case, fault, replace(fault, flags=(0, 0, 32, 0)))
 
 
+def test_an_implicit_access_that_shadow_paging_repeats_is_kvms() -> None:
+    """Only where SMAP alone forbids the read of the descriptor and RFLAGS.AC is set."""
+    stuck = PagingOutcome("Kicked()", None, None, "", (0, 0, 0, 0), 1, 2)
+    forbidden = replace(FAULT, error=1)
+    assert known(SMAP, forbidden, stuck).startswith("KVM with shadow page tables repeats")
+    assert not known(SMAP, replace(FAULT, error=0), stuck)
+    assert not known(SMAP, DONE, stuck)
+    assert not known(SMAP_WITHOUT_AC, forbidden, stuck)
+    assert not known(WRITE, forbidden, stuck)
+
+
 @pytest.fixture
 def tcg(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lab whose processor is QEMU's TCG."""

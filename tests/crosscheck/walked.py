@@ -49,7 +49,7 @@ def expected(case: PagingCase, cpuid: Sequence[CpuidEntry]) -> PagingOutcome:
 
 
 def check(system: System, indices: Iterable[int]) -> Counter[tuple[Kind, int, str]]:
-    """Run the cases on KVM and hold each against the walk; how often each kind ended how."""
+    """Run the cases on KVM and hold each against the walk; how often each kind should end how."""
     cpuid = Subject.of(system).cpuid
     cases = [PagingCase.from_index(index) for index in indices]
     seen: Counter[tuple[Kind, int, str]] = Counter()
@@ -58,5 +58,5 @@ def check(system: System, indices: Iterable[int]) -> Counter[tuple[Kind, int, st
         words = compare(case, ("walk", wanted), ("kvm", seen_outcome))
         reason = known(case, wanted, seen_outcome)
         assert not words or reason, str(PagingDifference(case, words, reason, explain(case, cpuid)))
-        seen[case.kind, case.cpl, seen_outcome.end] += 1
+        seen[case.kind, case.cpl, wanted.end] += 1
     return seen

@@ -17,7 +17,7 @@ from pykvm.kvm import KvmSystem
 from tests.crosscheck.walked import check
 
 SEED = 4
-CASES = 200
+CASES = 120
 Chosen = Callable[[PagingCase], bool]
 
 
