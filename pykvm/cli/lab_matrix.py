@@ -145,7 +145,8 @@ def command(
             kinds = [kind(name) for name in dict.fromkeys(kind_names)] or list(KINDS.values())
             failed = _run(session, cache, root, store, state, series, kinds, chosen.name, jobs, accel, again)
     finally:
-        # What was found before an interruption is worth a page, too.
+        # What was found before an interruption is worth a page, too.  The sources may have changed meanwhile.
+        state = matrix.state_of(root, chosen)
         cells = store.all()
         document = report(cells, chosen, state, matrix.now())
         session.document |= document | {"failed": failed, "page": str(page)}
@@ -196,8 +197,6 @@ def _run(
             "release": task.kernel.release,
             "kind": task.kind.name,
             "selection": chosen,
-            "fingerprint": state.fingerprint,
-            "revision": state.revision,
             "accel": accel,
         }
 

@@ -23,7 +23,7 @@ from pykvm.lab.emulator import Emulator
 from pykvm.lab.emulators import Accel, choose
 from pykvm.lab.kernels import PreparedKernel, select
 from pykvm.lab.kinds import kind
-from pykvm.lab.matrix import Saved, Store, now
+from pykvm.lab.matrix import Saved, Store, now, state_of
 from pykvm.lab.results import Case
 from pykvm.lab.selections import fitting, limits, selection
 from pykvm.lab.suite import Runner, SuiteSpec, run_suite
@@ -33,15 +33,13 @@ INTERRUPTED_STATUS = 128 + signal.SIGTERM
 
 @dataclass(frozen=True)
 class Order:
-    """Which cell, for which state of the checkout at ``root``."""
+    """Which cell, of the tests of the checkout at ``root``."""
 
     cache: str
     root: str
     release: str
     kind: str
     selection: str
-    fingerprint: str
-    revision: str
     accel: Accel = "auto"
 
 
@@ -62,9 +60,11 @@ class _Lines:
 
 
 def run_cell(order: Order, kernel: PreparedKernel, emulator: Emulator, runner: Runner, say: Say) -> Saved:
-    """Run the tests and save the cell."""
+    """Run the tests and save the cell, with the state of the checkout that the lab packs."""
     slow = emulator.slug == "bochs"
-    chosen = fitting(selection(order.selection), slow=slow)
+    asked = selection(order.selection)
+    chosen = fitting(asked, slow=slow)
+    state = state_of(Path(order.root), asked)
     whole, single = limits(chosen, slow=slow)
     spec = SuiteSpec(
         kernel=kernel,
@@ -79,7 +79,7 @@ def run_cell(order: Order, kernel: PreparedKernel, emulator: Emulator, runner: R
     )
     result = run_suite(spec, _Lines(say), runner)
     saved = Saved(
-        *(kernel.series, kernel.release, order.kind, chosen.name, order.fingerprint, order.revision, now()),
+        *(kernel.series, kernel.release, order.kind, chosen.name, state.fingerprint, state.revision, now()),
         result=result,
     )
     Store(Cache(Path(order.cache)), order.selection).save(saved)

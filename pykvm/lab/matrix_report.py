@@ -233,14 +233,19 @@ def _facts(document: Mapping[str, Any]) -> list[str]:
     series = document["series"]
     if document["differ"]:
         rows = [
-            [escaped(row["name"]), *(escaped(row["values"].get(name, "")) for name in series)]
+            [_named(row["name"]), *(escaped(row["values"].get(name, "")) for name in series)]
             for row in document["differ"]
         ]
         lines += table(["", *(f"Linux {name}" for name in series)], rows)
     if document["same"]:
-        rows = [[escaped(row["name"]), escaped(row["value"])] for row in document["same"]]
+        rows = [[_named(row["name"]), escaped(row["value"])] for row in document["same"]]
         lines += ["The same in every lab:", "", *table(["", "value"], rows)]
     return lines
+
+
+def _named(name: str) -> str:
+    """Names of capabilities and parameters as code, phrases as text."""
+    return escaped(name) if " " in name else code(name)
 
 
 def _changes(found: Sequence[Mapping[str, Any]]) -> list[str]:

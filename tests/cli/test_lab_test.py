@@ -247,7 +247,8 @@ def cells(no_labs: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> lis
                 boots=1,
                 cases=(case,),
             )
-            state = (order["fingerprint"], order["revision"], now())
+            now_is = matrix.state_of(Path(order["root"]), selection("core"))
+            state = (now_is.fingerprint, now_is.revision, now())
             store.save(
                 Saved(task.kernel.series, task.kernel.release, task.kind.name, "core", *state, result=result)
             )

@@ -242,12 +242,10 @@ def test_a_newer_kernel_of_the_series_makes_a_cell_older(tmp_path: Path) -> None
 def order(cache: Path, **changes: Any) -> Order:
     known = {
         "cache": str(cache),
-        "root": "/checkout",
+        "root": str(cache / "checkout"),
         "release": "6.1.0-cloud-amd64",
         "kind": "amd-npt",
         "selection": "core",
-        "fingerprint": NOW.fingerprint,
-        "revision": NOW.revision,
     }
     return Order(**(known | changes))
 
@@ -259,11 +257,13 @@ def emulator(slug: str) -> Emulator:
 def test_a_cell_saves_its_result_and_says_how_it_goes(tmp_path: Path) -> None:
     said: list[dict[str, Any]] = []
     lab = FakeLab([session(2), *ran("a"), *ran("b", "failed", reason="r"), end(1)])
+    checkout(tmp_path / "checkout")
     found = run_cell(order(tmp_path), kernel(tmp_path), emulator("qemu-tcg"), lab, said.append)
     assert Store(Cache(tmp_path), "core").load("6.1", "amd-npt") == found
     assert found.result is not None
     assert [case.outcome for case in found.result.cases] == ["passed", "failed"]
-    assert (found.selection, found.fingerprint, found.revision) == ("core", NOW.fingerprint, "abc")
+    state = matrix.fingerprint(tmp_path / "checkout", selection("core"))
+    assert (found.selection, found.fingerprint) == ("core", state)
     assert [(line["case"]["nodeid"], line["done"], line["collected"]) for line in said] == [
         ("a", 1, 2),
         ("b", 2, 2),
