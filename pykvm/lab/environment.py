@@ -124,7 +124,7 @@ def distributions() -> list[importlib.metadata.Distribution]:
         if name in found or name in LEFT_OUT:
             continue
         try:
-            distribution = importlib.metadata.distribution(name)
+            distribution = _installed(name)
         except importlib.metadata.PackageNotFoundError:
             if name == DISTRIBUTION:
                 raise HostError(
@@ -135,6 +135,16 @@ def distributions() -> list[importlib.metadata.Distribution]:
         found[name] = distribution
         waiting += _requirements(distribution)
     return list(found.values())
+
+
+def _installed(name: str) -> importlib.metadata.Distribution:
+    """The installed distribution; PackageNotFoundError if there is none.
+
+    ``python -m pykvm`` in a checkout finds the .egg-info first that lies there, which lists no files.
+    """
+    first = importlib.metadata.distribution(name)
+    found = importlib.metadata.distributions(name=name)
+    return next((each for each in found if each.read_text("RECORD") is not None), first)
 
 
 def _packages() -> Iterator[Path]:

@@ -89,6 +89,17 @@ def test_a_pykvm_that_is_not_installed_says_what_to_do(monkeypatch: pytest.Monke
 # --- layers --------------------------------------------------------------------------------------
 
 
+def test_what_lies_in_the_current_folder_is_not_what_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = environment.python_files()
+    left = tmp_path / "pykvm_harness.egg-info"
+    left.mkdir()
+    (left / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: pykvm-harness\nVersion: 0.1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert environment.python_files() == expected
+
+
 def test_the_checkout_comes_with_bytecode_for_every_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
