@@ -113,18 +113,24 @@ def changes(cells: Iterable[Saved], series: Sequence[str]) -> list[dict[str, Any
     for cell in cells:
         if cell.result is not None and cell.result.facts and "capabilities" in cell.result.facts:
             known.setdefault(cell.kind, {})[cell.series] = cell.result.facts
-    merged: dict[tuple[str, str, str, tuple[str, ...]], list[str]] = {}
+    order = list(series)
+    found: dict[tuple[int, int, str], dict[str, list[str]]] = {}
     for kind, by_series in known.items():
         for old, new in pairwise(name for name in series if name in by_series):
             for what, names in differences(by_series[old], by_series[new]):
-                merged.setdefault((old, new, what, names), []).append(kind)
-    order = list(series)
-    return [
-        {"from": old, "to": new, "kinds": kinds, "what": what, "names": list(names)}
-        for (old, new, what, names), kinds in sorted(
-            merged.items(), key=lambda item: (order.index(item[0][1]), order.index(item[0][0]), item[0][2:])
-        )
-    ]
+                step = found.setdefault((order.index(old), order.index(new), what), {})
+                for name in names:
+                    step.setdefault(name, []).append(kind)
+    result = []
+    for (old_at, new_at, what), by_name in sorted(found.items()):
+        by_kinds: dict[tuple[str, ...], list[str]] = {}
+        for name, kinds in by_name.items():
+            by_kinds.setdefault(tuple(kinds), []).append(name)
+        # What holds for most kinds comes first.
+        for each, names_of in sorted(by_kinds.items(), key=lambda item: -len(item[0])):
+            step_of = {"from": order[old_at], "to": order[new_at]}
+            result.append(step_of | {"kinds": list(each), "what": what, "names": names_of})
+    return result
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...]]]:

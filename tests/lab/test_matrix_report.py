@@ -180,16 +180,20 @@ def test_changes_between_kernels_merge_kinds() -> None:
     cells = [
         saved("6.1", "amd-npt", facts=info(A=1, OLD=1)),
         saved("6.1", "amd-shadow", facts=info(A=1, OLD=1)),
-        saved("6.12", "amd-npt", facts=info(A=3, NEW=1)),
+        saved("6.12", "amd-npt", facts=info(A=3, NEW=1, ONLY=1)),
         saved("6.12", "amd-shadow", facts=info(A=3, NEW=1, tdp_mmu=False)),
+        saved("6.12", "intel-ept", facts=info()),
     ]
-    assert [
+    found = [
         (item["from"], item["to"], item["kinds"], item["what"], item["names"])
         for item in changes(cells, ["6.1", "6.12"])
-    ] == [
-        ("6.1", "6.12", ["amd-npt", "amd-shadow"], "capabilities that are gone", ["KVM_CAP_OLD"]),
-        ("6.1", "6.12", ["amd-npt", "amd-shadow"], "new capabilities", ["KVM_CAP_NEW"]),
-        ("6.1", "6.12", ["amd-npt", "amd-shadow"], "other values of capabilities", ["KVM_CAP_A 1 → 3"]),
+    ]
+    both = ["amd-npt", "amd-shadow"]
+    assert found == [
+        ("6.1", "6.12", both, "capabilities that are gone", ["KVM_CAP_OLD"]),
+        ("6.1", "6.12", both, "new capabilities", ["KVM_CAP_NEW"]),
+        ("6.1", "6.12", ["amd-npt"], "new capabilities", ["KVM_CAP_ONLY"]),
+        ("6.1", "6.12", both, "other values of capabilities", ["KVM_CAP_A 1 → 3"]),
         ("6.1", "6.12", ["amd-shadow"], "other values of parameters", ["kvm.tdp_mmu Y → N"]),
     ]
 
