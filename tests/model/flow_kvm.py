@@ -1,12 +1,17 @@
-"""A world of flow.py on a real KVM."""
+"""A world of flow.py on a real KVM, and what KVM and emulators below it are known to do otherwise."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+import pytest
+
+from pykvm.cli.modes import measure_mode
+from pykvm.guest.boot import BootMode
 from pykvm.kvm import KvmSystem, KvmVcpu
+from pykvm.machine.emulation import QEMU_TCG
 from pykvm.machine.exits import Exit
 from pykvm.memory import GuestMemory
 from tests.model.chip import SIZE
@@ -14,6 +19,25 @@ from tests.model.flow import World
 from tests.patience import patient
 
 _SECONDS = patient(2)
+
+
+def under_tcg(names: Iterable[str], bugs: Mapping[str, str]) -> list[object]:
+    """The names as parameters; those in ``bugs`` may fail where QEMU's TCG is the processor."""
+    assert set(bugs) <= set(names), sorted(set(bugs) - set(names))
+    return [
+        pytest.param(name, marks=[pytest.mark.emulator_bug(QEMU_TCG, bugs[name])] if name in bugs else [])
+        for name in names
+    ]
+
+
+_emulates: list[bool] = []
+
+
+def emulates_cpl0(system: KvmSystem) -> bool:
+    """Whether KVM's instruction emulator, not the processor, runs guest code at CPL 0."""
+    if not _emulates:
+        _emulates.append(measure_mode(system, BootMode.PROTECTED32, 0).execution == "emulated")
+    return _emulates[0]
 
 
 @contextmanager
