@@ -21,13 +21,16 @@ from tests.patience import patient
 _SECONDS = patient(2)
 
 
-def under_tcg(names: Iterable[str], bugs: Mapping[str, str]) -> list[object]:
-    """The names as parameters; those in ``bugs`` may fail where QEMU's TCG is the processor."""
-    assert set(bugs) <= set(names), sorted(set(bugs) - set(names))
-    return [
-        pytest.param(name, marks=[pytest.mark.emulator_bug(QEMU_TCG, bugs[name])] if name in bugs else [])
-        for name in names
-    ]
+def under_tcg(
+    names: Iterable[str], bugs: Mapping[str, str], fatal: Mapping[str, str] | None = None
+) -> list[object]:
+    """The names as parameters: those in ``bugs`` may fail where QEMU's TCG is the processor, and those in
+    ``fatal`` are not run there, since they end or hang the host."""
+    fatal = fatal or {}
+    assert {*bugs, *fatal} <= set(names), sorted({*bugs, *fatal} - set(names))
+    marks = {name: pytest.mark.emulator_bug(QEMU_TCG, why) for name, why in bugs.items()}
+    marks |= {name: pytest.mark.emulator_bug(QEMU_TCG, why, kills=True) for name, why in fatal.items()}
+    return [pytest.param(name, marks=[marks[name]] if name in marks else []) for name in names]
 
 
 _emulates: list[bool] = []

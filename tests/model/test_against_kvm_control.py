@@ -99,6 +99,12 @@ _UNDER_TCG = {
     "64 lgdt of 16 bits": "66 cuts the base to 24 bits in 64-bit mode, too",
 }
 """Where QEMU's TCG is no faithful processor."""
+_FATAL = {
+    f"32 msr 0xc0000080 {value:#x}": "#VMEXIT with EFER.LME and without CR4.PAE leaves the host without paging"
+    for value in _MSR_VALUES[0xC0000080]
+    if value & 0x100
+}
+"""TCG restores CR0 before CR4 and EFER, and drops a CR0.PG that the guest's EFER.LME makes an error."""
 
 
 def _load(register: int, value: int, bits: int) -> bytes:
@@ -166,7 +172,7 @@ def _differences(system: KvmSystem, world: World) -> list[str]:
 _SPECIAL = ("cr0", "cr3", "cr4", "cr8", "efer", "apic_base", "gdt", "idt")
 
 
-@pytest.mark.parametrize("name", under_tcg(PROGRAMS, _UNDER_TCG))
+@pytest.mark.parametrize("name", under_tcg(PROGRAMS, _UNDER_TCG, _FATAL))
 def test_model_and_kvm_agree(system: KvmSystem, name: str) -> None:
     bits, code = PROGRAMS[name]
     world = World(bits).code(code + b"\xf4").set(rbx=DATA)
