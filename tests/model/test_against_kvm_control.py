@@ -99,11 +99,8 @@ _UNDER_TCG = {
     "64 lgdt of 16 bits": "66 cuts the base to 24 bits in 64-bit mode, too",
 }
 """Where QEMU's TCG is no faithful processor."""
-_FATAL = {
-    f"32 msr 0xc0000080 {value:#x}": "#VMEXIT with EFER.LME and without CR4.PAE leaves the host without paging"
-    for value in _MSR_VALUES[0xC0000080]
-    if value & 0x100
-}
+_LME = "#VMEXIT with EFER.LME and without CR4.PAE leaves the host without paging"
+_FATAL = {f"32 msr 0xc0000080 {value:#x}": _LME for value in _MSR_VALUES[0xC0000080] if value & 0x100}
 """TCG restores CR0 before CR4 and EFER, and drops a CR0.PG that the guest's EFER.LME makes an error."""
 
 
