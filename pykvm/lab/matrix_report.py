@@ -143,14 +143,15 @@ def text_of(cell: Mapping[str, Any] | None) -> str:
 
 def escaped(text: str) -> str:
     """Text for a cell of a markdown table: one line, without what markdown would read."""
-    for letter in "\\|*_`<>[]":
+    for letter in "\\*_`<>[]":
         text = text.replace(letter, f"\\{letter}")
-    return " ".join(text.split())
+    return " ".join(text.replace("|", "&#124;").split())
 
 
 def code(text: str) -> str:
-    """Text as code, in a table too."""
-    return "`" + " ".join(text.replace("`", "'").replace("|", "\\|").split()) + "`"
+    """Text as code, in a table too: there a bar is escaped, and a backslash before it would undo that."""
+    text = text.replace("`", "'").replace("\\|", "\\ |").replace("|", "\\|")
+    return "`" + " ".join(text.split()) + "`"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

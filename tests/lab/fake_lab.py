@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from pykvm.lab.kernels import PreparedKernel
-
 from pykvm.lab.kinds import kind
 from pykvm.lab.results import Case
 from pykvm.lab.session import RunResult, RunSpec, Sinks

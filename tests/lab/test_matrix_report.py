@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pykvm.lab.matrix import Saved, State
@@ -216,10 +216,13 @@ def test_parameters_come_and_go() -> None:
 # --- pages ---------------------------------------------------------------------------------------
 
 
+# As GitHub's scanner has it: a backslash takes the punctuation after it along.
+CELL = re.compile(r"(?:\\[!-/:-@\[-`{-~]|[^|])+")
+
+
 def tables(text: str) -> list[list[str]]:
-    """The rows of all tables, split at bars that are not escaped."""
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    return [re.split(r"(?<!\\)\|", row)[1:-1] for row in rows]
+    """The rows of all tables."""
+    return [CELL.findall(line[1:-1]) for line in text.splitlines() if line.startswith("|")]
 
 
 def test_the_markdown_page_has_everything() -> None:
@@ -232,7 +235,7 @@ def test_the_markdown_page_has_everything() -> None:
         "1 of 5 (2 failed, 2 xfailed, 1 skipped)",
         "1 of 2 (1 xfailed), older",
         "### Failures that nothing explains yet",
-        r"assert 1 == 2 \| pipe",
+        "assert 1 == 2 &#124; pipe",
         "`test_two`",
         "### Bugs of the emulators, not of KVM",
         "TCG forgets breakpoints",
@@ -258,11 +261,12 @@ def test_a_matrix_without_cells_says_so() -> None:
     assert "No cell has been run yet." in markdown(report([], CORE, NOW, WHEN))
 
 
-@given(st.text())
+@given(st.text() | st.text("\\|`\n*a "))
+@example("\\|")
+@example("\\")
 def test_no_text_breaks_a_table(text: str) -> None:
     for made in (escaped(text), code(text)):
-        assert "\n" not in made
-        assert len(re.split(r"(?<!\\)\|", f"|{made}|")) == 3
+        assert tables(f"| {made} | next |\n") == [[f" {made} ", " next "]]
 
 
 def test_an_old_cell_is_no_problem_of_today() -> None:
