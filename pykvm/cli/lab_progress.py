@@ -32,6 +32,8 @@ class SuiteProgress:
         self._live = Live(console=console, auto_refresh=False, transient=True)
         self._told = time.monotonic()
         self._counts: Counter[str] = Counter()
+        self.cases: list[Case] = []
+        self.collected = 0
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -49,6 +51,8 @@ class SuiteProgress:
 
     def case(self, case: Case, done: int, collected: int) -> None:
         """A test ended."""
+        self.cases.append(case)
+        self.collected = collected
         self._counts[case.outcome] += 1
         if case.bad or self._verbose:
             reason = f": {case.reason}" if case.reason else ""

@@ -132,40 +132,65 @@ def command(
     check_writable(junit)
     cache = Cache()
     results: list[SuiteResult] = []
-    session.document |= {"checkout": str(root), "results": []}
-    for text in dict.fromkeys(series):
-        kernel = kernels.provide(cache, text, session.note)
-        for name in dict.fromkeys(kind_names):
-            emulator = choose(cache, kind(name), accel, session.note)
-            emulated_intel = emulator.slug == "bochs"
-            whole, single = selections.limits(chosen, slow=emulated_intel)
-            spec = SuiteSpec(
-                kernel=kernel,
-                kind=kind(name),
-                root=root,
-                paths=wanted,
-                keyword=keyword,
-                timeout=timeout or whole,
-                test_timeout=test_timeout or single,
-                emulator=emulator.name,
-                slug=emulator.slug,
-            )
-            label = f"{name}, Linux {kernel.release}"
-            session.note(f"{label}: starting on {emulator.name}")
-            with SuiteProgress(session.progress, label, verbose=verbose) as progress:
-                result = run_suite(spec, progress, partial(lab_session.run, cache, emulator))
-            results.append(result)
-            documents: list[Any] = session.document["results"]
-            documents.append(result.to_json())
-            if junit is not None:
-                _write_junit(junit, results)
+    documents: list[Any] = []
+    session.document |= {"checkout": str(root), "results": documents}
+
+    def add(result: SuiteResult) -> None:
+        results.append(result)
+        documents.append(result.to_json())
+        if junit is not None:
+            _write_junit(junit, results)
+
+    try:
+        for text in dict.fromkeys(series):
+            kernel = kernels.provide(cache, text, session.note)
+            for name in dict.fromkeys(kind_names):
+                emulator = choose(cache, kind(name), accel, session.note)
+                whole, single = selections.limits(chosen, slow=emulator.slug == "bochs")
+                spec = SuiteSpec(
+                    kernel=kernel,
+                    kind=kind(name),
+                    root=root,
+                    paths=wanted,
+                    keyword=keyword,
+                    timeout=timeout or whole,
+                    test_timeout=test_timeout or single,
+                    emulator=emulator.name,
+                    slug=emulator.slug,
+                )
+                label = f"{name}, Linux {kernel.release}"
+                session.note(f"{label}: starting on {emulator.name}")
+                with SuiteProgress(session.progress, label, verbose=verbose) as progress:
+                    try:
+                        add(run_suite(spec, progress, partial(lab_session.run, cache, emulator)))
+                    except BaseException:
+                        if progress.cases:  # Ctrl-C, mostly: what is known by then is worth keeping
+                            add(interrupted(spec, progress))
+                        raise
+    finally:
+        if results:
+            _show(session, results)
+    judge(results)
+    if not any(result.cases for result in results):
+        raise UsageError("No test was chosen; see 'pykvm lab test --help' for how to choose some.")
+
+
+def interrupted(spec: SuiteSpec, progress: SuiteProgress) -> SuiteResult:
+    """What a watcher saw of a suite that never came to a result."""
+    return SuiteResult(
+        *(spec.kernel.series, spec.kernel.release, spec.kind.name, spec.emulator, spec.slug),
+        state="broken",
+        problem="It was interrupted.",
+        collected=progress.collected,
+        cases=tuple(progress.cases),
+    )
+
+
+def _show(session: Session, results: Sequence[SuiteResult]) -> None:
     session.out.print(results_table(results))
     for line in bad_lines(results):
         session.out.print(line, markup=False, soft_wrap=True)
     session.out.print(summary(results), markup=False)
-    judge(results)
-    if not any(result.cases for result in results):
-        raise UsageError("No test was chosen; see 'pykvm lab test --help' for how to choose some.")
 
 
 def _write_junit(path: Path, results: Sequence[SuiteResult]) -> None:

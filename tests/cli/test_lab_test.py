@@ -210,14 +210,27 @@ def test_a_file_that_cannot_be_written_is_refused_before_any_lab(
 def test_an_interruption_keeps_what_was_found(
     capfd: pytest.CaptureFixture[str], lab: Callable[..., FakeLab], tmp_path: Path
 ) -> None:
-    lab(passing("a"), [session(1), KeyboardInterrupt()])
+    lab(passing("a"), [session(3), *ran("b"), KeyboardInterrupt()])
     target = tmp_path / "lab.xml"
     done = invoke(
         capfd, "lab", "test", "--kernel", "6.1", "--kernel", "7.2", "--junit", str(target), "--json"
     )
     assert done.status == 130
-    assert [result["series"] for result in done.document["results"]] == ["6.1"]
-    assert Xml.parse(target).getroot().get("tests") == "1"
+    first, second = (SuiteResult.from_json(result) for result in done.document["results"])
+    assert (first.state, first.series) == ("finished", "6.1")
+    assert (second.state, second.series, second.problem) == ("broken", "7.2", "It was interrupted.")
+    assert ([case.nodeid for case in second.cases], second.left) == (["b"], 2)
+    assert Xml.parse(target).getroot().get("tests") == "3"
+    assert "2 tests in 2 labs: 2 passed." in done.err  # --json leaves standard output to the object
+
+
+def test_a_second_lab_that_cannot_be_had_does_not_hide_the_first(
+    capfd: pytest.CaptureFixture[str], lab: Callable[..., FakeLab]
+) -> None:
+    lab(passing("a"), [HostError("No room.")])
+    done = invoke(capfd, "lab", "test", "--kernel", "6.1", "--kernel", "7.2")
+    assert done.status == 3
+    assert "1 test in 1 lab: 1 passed." in done.out
 
 
 # --- lab matrix ----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 from xml.etree import ElementTree as Xml
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pykvm.lab.junit import clean, junit, names, write_junit
@@ -98,6 +98,7 @@ def test_names(nodeid: str, expected: tuple[str, str]) -> None:
     assert names(nodeid) == expected
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_makes_valid_xml(text: str) -> None:
     # The characters that XML forbids, lone surrogates included, come out of dying guests.

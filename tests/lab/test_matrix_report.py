@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pykvm.lab.matrix import Saved, State
@@ -261,6 +261,7 @@ def test_a_matrix_without_cells_says_so() -> None:
     assert "No cell has been run yet." in markdown(report([], CORE, NOW, WHEN))
 
 
+@settings(deadline=None)
 @given(st.text() | st.text("\\|`\n*a "))
 @example("\\|")
 @example("\\")
