@@ -95,7 +95,17 @@ _UNDER_TCG = {
     "64 msr 0xc0000082 0x800000000000": _CANONICAL,
     "64 msr 0xc0000100 0x800000000000": _CANONICAL,
     "64 msr 0xc0000102 0x800000000000": _CANONICAL,
+    "32 msr 0xc0000082 0x800000000000": _CANONICAL,
+    "32 msr 0xc0000100 0x800000000000": _CANONICAL,
+    "32 msr 0xc0000102 0x800000000000": _CANONICAL,
     "64 msr 0x174 0x100000000": "drops the upper half of SYSENTER_CS",
+    "32 msr 0x174 0x100000000": "drops the upper half of SYSENTER_CS",
+    "64 msr 0xc0000084 0x100000000": "takes the upper half of SFMASK",
+    "32 msr 0xc0000084 0x100000000": "takes the upper half of SFMASK",
+    "64 cr0 0x180010033": "ignores the upper half of CR0 in place of #GP",
+    "64 cr4 0x100000620": "ignores the upper half of CR4 in place of #GP",
+    "64 dr7 0xffff": "DR7 takes reserved bits",
+    "32 dr7 0xffff": "DR7 takes reserved bits",
     "64 lgdt of 16 bits": "66 cuts the base to 24 bits in 64-bit mode, too",
 }
 """Where QEMU's TCG is no faithful processor."""

@@ -84,7 +84,23 @@ _SWITCHES = {
 }
 """Task switches, which KVM emulates on AMD and Intel alike (docs/kvm-findings.md)."""
 _LIMIT = "does not check segment limits"
+_EXT = "leaves EXT clear in the error code of a fault during a delivery"
 _UNDER_TCG = {
+    "stack beyond its limit": _LIMIT,
+    "real stack wrap": _LIMIT,
+    "absent gate": _EXT,
+    "no gate": _EXT,
+    "gate to null": _EXT,
+    "gate to data": _EXT,
+    "gate to absent code": _EXT,
+    "gate to user code": _EXT,
+    "long gate to 32-bit code": _EXT,
+    "general detect": "pushes RF clear for general detect",
+    "long return to 32 bits with null stack": "IRET takes a null SS in 32-bit code",
+    "long return not canonical": "#GP comes at the target of the IRET, with SS and RSP loaded",
+    "user breakpoint without privilege": "pushes the address behind an INT3 that faults",
+    "long user breakpoint without privilege": "pushes the address behind an INT3 that faults",
+    "call gate to conforming code": "a call gate to conforming code leaves RPL 0 in CS",
     "accessed bits": "a far transfer does not mark the code segment accessed",
     "access through null": "memory is accessed through null segments",
     "expand-down segment": _LIMIT,

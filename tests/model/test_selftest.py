@@ -19,7 +19,8 @@ from pykvm.guest.images import load_image
 from pykvm.guest.launch import launch
 from pykvm.guest.pc_devices import DebugExit, PostCode
 from pykvm.kvm import KvmSystem
-from pykvm.machine import Exit, System
+from pykvm.machine import Exit, Kicked, System
+from pykvm.machine.emulation import QEMU_TCG, emulator
 from pykvm.model import paging
 from pykvm.model.cpu import flags, iret, segments, stacks, tasks
 from pykvm.model.cpu.faults import Fault
@@ -54,6 +55,28 @@ UNKNOWN_TO_KVMS_EMULATOR = {
     "virtual_8086": f"{_EMULATED} IRET in protected mode",
     "long_gates": f"{_EMULATED} INT",
 }
+
+FAILS_ON_TCG = {
+    "far_transfers": 15,
+    "protected_mode": 8,
+    "segment_loads": 48,
+    "limits": 1,
+    "selectors": 2,
+    "far_code": 30,
+    "rings": 94,
+    "tasks": 27,
+    "virtual_8086": 7,
+    "paging": 16,
+    "large_pages": 7,
+    "physical_address_extension": 17,
+    "long_mode": 23,
+    "long_gates": 29,
+    "fast_calls": 16,
+}
+"""The checks that QEMU 10's TCG fails as well with the ROM on it alone, without any KVM, by stage.
+
+Among others it knows no segment limits, and sets A of page-table entries and descriptors otherwise.
+"""
 
 PAGED_WITHOUT_LONG_MODE = ("paging", "large_pages", "physical_address_extension")
 UNEXPECTED_GP = 0xE0 + Vector.GP
@@ -97,6 +120,8 @@ def run(system: System, mask: int = ALL) -> Outcome:
         status = guest.runner.wait(patient(TIMEOUT))
         guest.runner.stop()
         (vcpu,) = guest.machine.vcpus
+        vcpu.kick()  # an OUT may be complete only at the next entry (docs/reference/hosts.md C.3)
+        assert isinstance(vcpu.run(), Kicked)
         registers, special = vcpu.get_registers(), vcpu.get_special_registers()
         end = (exits, registers, special, guest.memory.read(0, MEMORY))
     return Outcome(status, post.codes, check.codes[-1] if check.codes else None, end)
@@ -135,6 +160,8 @@ def test_kvm_ends_in_the_same_state(name: str) -> None:
             if name not in UNKNOWN_TO_KVMS_EMULATOR:
                 raise
             pytest.skip(UNKNOWN_TO_KVMS_EMULATOR[name])
+    if emulator() == QEMU_TCG and (real.failed, real.check) == (STAGES[name], FAILS_ON_TCG.get(name)):
+        pytest.xfail(f"qemu-tcg fails check {real.check} of this stage without KVM, too")
     if name == "fast_calls" and real.failed:
         pytest.skip("SYSCALL at CPL 3 stays there on this KVM (docs/reference/hosts.md, C.2)")
     if name in PAGED_WITHOUT_LONG_MODE and real.check == UNEXPECTED_GP:
