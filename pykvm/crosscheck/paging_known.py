@@ -29,6 +29,11 @@ def known(case: PagingCase, model: PagingOutcome, other: PagingOutcome) -> str:
             "RFLAGS.AC is set (docs/kvm-findings.md)."
         )
     reasons = []
+    if _names_a_fetch(case, model, other):
+        reasons.append(
+            "KVM's walk reports I/D of a fetch by EFER.NXE alone, the SDM by CR4.PAE, too (vol. 3, 4.7)."
+        )
+        other = replace(other, error=model.error)
     if emulator() == QEMU_TCG:
         if whole := _tcg_bug(case, model, other):
             return whole
@@ -54,6 +59,13 @@ def _under_suspended_smap(case: PagingCase, model: PagingOutcome) -> bool:
 def _repeated_for_ever(case: PagingCase, model: PagingOutcome, other: PagingOutcome) -> bool:
     """A processor's #PF does not say that the access was implicit, and KVM's walk takes it for explicit."""
     return other.end == str(Kicked()) and _under_suspended_smap(case, model)
+
+
+def _names_a_fetch(case: PagingCase, model: PagingOutcome, other: PagingOutcome) -> bool:
+    """I/D in the error code of 32-bit paging, which has no NX bit that NXE could enable."""
+    if case.kind is not Kind.FETCH or case.shape.levels != 2 or not case.control.nxe:
+        return False
+    return model.error is not None and other.error == model.error | PageFault.ID != model.error
 
 
 def _written_byte_differs(case: PagingCase, model: PagingOutcome, other: PagingOutcome) -> bool:

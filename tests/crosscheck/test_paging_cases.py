@@ -299,6 +299,21 @@ def test_an_implicit_access_that_shadow_paging_repeats_is_kvms() -> None:
     assert not known(WRITE, forbidden, stuck)
 
 
+def test_a_fetch_that_is_named_without_pae_is_kvms() -> None:
+    def fetch(levels: int, nxe: bool) -> PagingCase:
+        return first(
+            lambda case: case.kind is Kind.FETCH and case.shape.levels == levels and case.control.nxe == nxe
+        )
+
+    named = replace(FAULT, error=0x11)
+    fault = replace(FAULT, error=1)
+    assert known(fetch(2, nxe=True), fault, named).startswith("KVM's walk reports I/D")
+    assert not known(fetch(2, nxe=True), named, fault)
+    assert not known(fetch(2, nxe=True), fault, replace(named, error=0x15))
+    assert not known(fetch(2, nxe=False), fault, named)
+    assert not known(fetch(4, nxe=True), fault, named)
+
+
 @pytest.fixture
 def tcg(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lab whose processor is QEMU's TCG."""
