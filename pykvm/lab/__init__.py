@@ -17,5 +17,7 @@ dozen real KVM hosts. ``docs/labs.md`` tells how to use them.
     agent         the program in the guest
     session       one boot: from a command to its exit status
     diagnosis     why a lab died
-    suite         the test suite in a lab; matrix: in many
+    selections    which tests run there, and within what time
+    suite         the tests in a lab: records become results, a dead lab costs one test; results, junit
+    matrix        kernels times kinds; cell and matrix_run run them, matrix_report and matrix_facts tell
 """

@@ -25,7 +25,7 @@ from pykvm.lab.session import RunResult, RunSpec, Sinks
 
 FACTS_NODEID = "pykvm info"
 LEAVE_OUT = "tests-done"
-_KEPT_OUTPUT = 16_384
+_KEPT_OUTPUT = 65_536
 _SILENCE = 60.0  # seconds beyond any test's limit: then it is the guest that stands still
 _PYTEST_FINE = (0, 1, 5)  # all passed, some failed, none chosen
 
