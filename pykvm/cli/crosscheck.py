@@ -146,8 +146,8 @@ class _Run:
             path = self.save / f"paging-{each.case.index}.json"
             self._write(SavedPaging(each.case.index), path)
             self.disagree("paging", str(each), path, {"index": each.case.index})
-        known = len(result.differences) - len(result.disagreements)
-        return {"cases": result.cases, "product": len(runnable), "known": known}
+        known = Counter(each.known for each in result.differences if each.known)
+        return {"cases": result.cases, "product": len(runnable), "known": dict(known.most_common())}
 
     def scenarios(self, kvm: System, seconds: float) -> ScenarioReport:
         """Whole scenarios on model and KVM."""
@@ -363,8 +363,10 @@ def _show_others(session: Session, summary: dict[str, Any]) -> None:
         paging = summary["paging"]
         session.out.print(
             f"paging: {plural(paging['cases'], 'case')} of {count_text(paging['product'])}, "
-            f"{count_text(paging['known'])} with a known difference"
+            f"{count_text(sum(paging['known'].values()))} with a known difference"
         )
+        for why, count in paging["known"].items():
+            session.out.print(f"  {count:>7,}  {why}", markup=False)
     if "scenarios" in summary:
         scenarios = summary["scenarios"]
         kinds = Counter(name.split()[0] for name in scenarios["hit"])
