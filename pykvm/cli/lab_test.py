@@ -97,7 +97,7 @@ def check_writable(path: Path | None) -> None:
 @click.option(
     "--test-timeout",
     type=duration_type(minimum=1),
-    help="Time for each test.  [default: what fits the emulator]",
+    help="Time for each test, by the lab's own clock.  [default: what fits the emulator]",
 )
 @click.option("--verbose", "-v", is_flag=True, help="A line for every test, not only for bad ones.")
 @accel_option
@@ -146,15 +146,16 @@ def command(
             kernel = kernels.provide(cache, text, session.note)
             for name in dict.fromkeys(kind_names):
                 emulator = choose(cache, kind(name), accel, session.note)
-                whole, single = selections.limits(chosen, slow=emulator.slug == "bochs")
+                within = selections.limits(chosen, slow=emulator.slug == "bochs", test=test_timeout)
                 spec = SuiteSpec(
                     kernel=kernel,
                     kind=kind(name),
                     root=root,
                     paths=wanted,
                     keyword=keyword,
-                    timeout=timeout or whole,
-                    test_timeout=test_timeout or single,
+                    timeout=timeout or within.whole,
+                    test_timeout=within.test,
+                    silence=within.silence,
                     emulator=emulator.name,
                     slug=emulator.slug,
                 )

@@ -65,15 +65,16 @@ def run_cell(order: Order, kernel: PreparedKernel, emulator: Emulator, runner: R
     asked = selection(order.selection)
     chosen = fitting(asked, slow=slow)
     state = state_of(Path(order.root), asked)
-    whole, single = limits(chosen, slow=slow)
+    within = limits(chosen, slow=slow)
     spec = SuiteSpec(
         kernel=kernel,
         kind=kind(order.kind),
         root=Path(order.root),
         paths=chosen.paths,
         keyword=chosen.keyword,
-        timeout=whole,
-        test_timeout=single,
+        timeout=within.whole,
+        test_timeout=within.test,
+        silence=within.silence,
         emulator=emulator.name,
         slug=emulator.slug,
     )

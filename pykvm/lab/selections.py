@@ -19,9 +19,8 @@ REAL_KVM = "kvm and not slow and not lab"
 class Selection:
     """A choice of tests: files, folders or node ids relative to the checkout, and an expression for -k.
 
-    ``timeout`` bounds a whole lab and ``test_timeout`` a single test, in seconds under QEMU; Bochs gets
-    ``BOCHS_FACTOR`` times as long, and the matrix gives it the selection ``under_bochs`` instead.
-    """
+    ``timeout`` bounds a whole lab and ``test_timeout`` a single test, in seconds under QEMU (``limits`` has
+    those under Bochs).  There the matrix takes the selection ``under_bochs`` instead."""
 
     name: str
     about: str
@@ -33,6 +32,8 @@ class Selection:
 
 
 BOCHS_FACTOR = 4.0
+BOCHS_CLOCK = 15.0  # seconds of ours for one of the guest's, measured on a busy machine
+START_UP = 180.0  # seconds in which pytest may say nothing while it starts
 
 SELECTIONS: Mapping[str, Selection] = {
     item.name: item
@@ -82,10 +83,26 @@ def fitting(chosen: Selection, *, slow: bool) -> Selection:
     return SELECTIONS[chosen.under_bochs] if slow and chosen.under_bochs else chosen
 
 
-def limits(chosen: Selection, *, slow: bool) -> tuple[float, float]:
-    """Seconds for the whole lab and for one test."""
-    factor = BOCHS_FACTOR if slow else 1.0
-    return chosen.timeout * factor, chosen.test_timeout * factor
+@dataclass(frozen=True)
+class Limits:
+    """In seconds: ``whole`` for a lab, ``silence`` between two signs of life, ``test`` for one test.
+
+    The first two are of our clock, the last one is of the guest's.
+    """
+
+    whole: float
+    test: float
+    silence: float
+
+
+def limits(chosen: Selection, *, slow: bool, test: float | None = None) -> Limits:
+    """The limits that fit the emulator; ``test`` instead of the selection's own."""
+    if slow:
+        # Bochs counts instructions for its clock, so a minute of the guest's is a quarter of an hour of ours.
+        single = test or chosen.test_timeout / BOCHS_FACTOR
+        return Limits(chosen.timeout * BOCHS_FACTOR, single, BOCHS_CLOCK * single + START_UP)
+    single = test or chosen.test_timeout
+    return Limits(chosen.timeout, single, 2 * single + START_UP)
 
 
 def both(one: str, other: str) -> str:

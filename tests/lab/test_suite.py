@@ -75,7 +75,9 @@ def test_records_become_a_result() -> None:
 
 def test_the_command_runs_the_chosen_tests_in_the_checkout() -> None:
     lab = FakeLab([session(0), end(5), 5])
-    spec = suite_spec(paths=("tests/kvm",), keyword="ring and not slot", timeout=90.0, test_timeout=7.5)
+    spec = suite_spec(
+        paths=("tests/kvm",), keyword="ring and not slot", timeout=90.0, test_timeout=7.5, silence=75
+    )
     assert run_suite(spec, Watch(), lab).state == "finished"
     (sent,) = lab.specs
     assert sent.command[:3] == (sys.executable, "-m", "pytest")
@@ -249,15 +251,6 @@ def test_time_over_keeps_what_is_known() -> None:
     assert found.problem == "The time of 100 s is over. 2 of 3 tests did not run."
 
 
-def test_a_guest_that_stands_still_is_the_running_tests_doing() -> None:
-    clock = Clock()
-    over = LabTimeoutError("Not within 500 s.")
-    lab = FakeLab([session(3), *ran("a"), start("b"), clock.passes(500), over])
-    found = run_suite(suite_spec(timeout=500, test_timeout=60), Watch(), lab, clock)
-    assert outcomes(found) == {"a": "passed", "b": "died"}
-    assert found.state == "timeout"
-
-
 def test_the_time_of_all_boots_counts() -> None:
     clock = Clock()
     lab = FakeLab([session(2), start("a"), clock.passes(70), died()], [session(1), clock.passes(40), died()])
@@ -348,7 +341,13 @@ def test_bochs_gets_less_to_do_and_more_time() -> None:
     assert fitting(core, slow=False) is core
     assert fitting(core, slow=True) is selection("smoke")
     assert fitting(selection("smoke"), slow=True) is selection("smoke")
-    assert limits(core, slow=True) > limits(core, slow=False)
+    quick, slow = limits(core, slow=False), limits(core, slow=True)
+    assert slow.whole > quick.whole
+    # Its clock is slower than ours, and nobody waits for hours for a test that hangs.
+    assert slow.test < quick.test
+    assert quick.test < quick.silence < quick.whole
+    assert quick.test < slow.silence < slow.whole
+    assert limits(core, slow=False, test=7.0).test == limits(core, slow=True, test=7.0).test == 7.0
 
 
 def test_an_unknown_selection_is_refused() -> None:
