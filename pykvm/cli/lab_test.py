@@ -158,6 +158,7 @@ def command(
                     silence=within.silence,
                     emulator=emulator.name,
                     slug=emulator.slug,
+                    facts=session.json,  # they take seconds there, and nothing else shows them
                 )
                 label = f"{name}, Linux {kernel.release}"
                 session.note(f"{label}: starting on {emulator.name}")

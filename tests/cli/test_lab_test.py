@@ -130,7 +130,7 @@ def test_json_and_junit(
     capfd: pytest.CaptureFixture[str], lab: Callable[..., FakeLab], tmp_path: Path
 ) -> None:
     facts = record("facts", facts={"kernel": "6.12.0"})
-    lab([facts, session(2), *ran("a"), *ran("b", "failed", reason="r", text="t"), end(1)])
+    fake = lab([facts, session(2), *ran("a"), *ran("b", "failed", reason="r", text="t"), end(1)])
     target = tmp_path / "lab.xml"
     done = invoke(capfd, "lab", "test", "--json", "--junit", str(target))
     assert done.status == 1
@@ -138,6 +138,8 @@ def test_json_and_junit(
         "pykvm lab test", {k: v for k, v in done.document.items() if k not in ("error", "exit_status")}
     )
     (result,) = done.document["results"]
+    assert result["facts"] == {"kernel": "6.12.0"}
+    assert "PYKVM_LAB_FACTS" in fake.specs[0].environment
     assert SuiteResult.from_json(result).bad[0].nodeid == "b"
     assert done.document["exit_status"] == 1
     root = Xml.parse(target).getroot()
@@ -159,6 +161,7 @@ def test_paths_and_keywords_reach_the_lab(
     assert spec.timeout == pytest.approx(90, abs=5)
     assert spec.environment["PYKVM_LAB_TEST_TIMEOUT"] == "5"
     assert spec.directory == str(ROOT)
+    assert "PYKVM_LAB_FACTS" not in spec.environment
 
 
 def test_a_keyword_narrows_a_selection(
