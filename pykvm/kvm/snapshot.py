@@ -70,9 +70,14 @@ class VcpuSnapshot(VcpuRegisters, VcpuCpuid, VcpuMsrs, VcpuFloating, VcpuEventSt
             raise self._closed_error()
         if self._answer is not None:
             raise UsageError(f"{self.name} waits for the answer to its last exit; call reply first.")
-        # SAFETY: the struct and the page are held by this frame and object for the length of the call.
-        page.immediate_exit = 1
-        code = lib.pykvm_vcpu_run(self._state, page)
+        entries = self._state.entries
+        code = lib.PYKVM_RUN_INTERRUPTED
+        # A signal for Python keeps it from entering KVM, which has then completed nothing: once more, after
+        # the interpreter has handled the signal between two turns.
+        while code == lib.PYKVM_RUN_INTERRUPTED and self._state.entries == entries:
+            # SAFETY: the struct and the page are held by this frame and object for the length of the call.
+            page.immediate_exit = 1
+            code = lib.pykvm_vcpu_run(self._state, page)
         if code == lib.PYKVM_RUN_INTERRUPTED:
             return None
         if code == lib.PYKVM_RUN_KICKED:

@@ -24,6 +24,7 @@ from pykvm.x86.cpuid import find
 from tests.patience import patient
 
 from .handlers import install, run_soon
+from .processes import in_a_process
 from .tiny import DATA, DONE, PORT, SPIN, TABLES, Tiny, done, running
 
 MULTIPLIER, INCREMENT = 6364136223846793005, 1442695040888963407
@@ -247,6 +248,33 @@ def test_the_tsc_goes_on_from_where_it_was(guests: type) -> None:
     elapsed = time.monotonic() - started + 0.1
     assert state.tsc_khz is not None
     assert saved <= now <= saved + int(elapsed * 1000 * state.tsc_khz)
+
+
+FIRST_IN_ITS_THREAD = """
+import threading
+from pykvm.kvm import KvmSystem
+from tests.kvm.tiny import DONE, SPIN, Tiny, done
+
+with KvmSystem() as system, Tiny(system.create_machine(), cpl=0) as guest:
+    vcpu = guest.load(DONE + SPIN)
+    exits = []
+    thread = threading.Thread(target=lambda: exits.append(vcpu.run()))
+    thread.start()
+    thread.join()
+    assert done(exits[0])
+    entries = vcpu.entries
+    assert vcpu.complete_io() is None
+    assert vcpu.entries == entries + 1, "nothing was completed"
+    rip = vcpu.get_registers().rip
+    assert vcpu.complete_io() is None
+    assert vcpu.get_registers().rip == rip
+"""
+
+
+@pytest.mark.kvm
+def test_an_exit_is_completed_by_a_thread_that_runs_a_vcpu_for_the_first_time() -> None:
+    """The main thread looks at Python's signal handlers before it enters KVM: once that counts as a signal."""
+    in_a_process(FIRST_IN_ITS_THREAD)
 
 
 def test_an_out_is_not_repeated(guests: type) -> None:

@@ -11,6 +11,7 @@ borrow(
     "tests.kvm.test_snapshot",
     without={
         "test_a_guest_moved_in_mid_loop_ends_as_if_it_had_stayed",
+        "test_an_exit_is_completed_by_a_thread_that_runs_a_vcpu_for_the_first_time",
         "test_two_vcpus_move_together",
         "test_a_pending_event_arrives_at_the_destination",
         "test_a_damaged_state_is_taken_or_refused_with_a_reason",
