@@ -273,7 +273,7 @@ with KvmSystem() as system, Tiny(system.create_machine(), cpl=0) as guest:
 
 @pytest.mark.kvm
 def test_an_exit_is_completed_by_a_thread_that_runs_a_vcpu_for_the_first_time() -> None:
-    """The main thread looks at Python's signal handlers before it enters KVM: once that counts as a signal."""
+    """The main thread looks at Python's signal handlers before it enters KVM: a signal, as it were."""
     in_a_process(FIRST_IN_ITS_THREAD)
 
 
