@@ -125,6 +125,13 @@ PATCHES: Final = (
         r"\g<0>\n  BX_CPU_THIS_PTR linaddr_width = BX_CPU_THIS_PTR cr4.get_LA57() ? 57 : 48;",
         2,
     ),
+    # The host's interrupts end a guest whose RFLAGS.IF is clear, too.  VM entry decides about that before it
+    # notes that this is a guest, so that such a guest ran for ever and the host stood still.
+    Patch(
+        "cpu/vmx.cc",
+        r"  BX_CPU_THIS_PTR in_vmx_guest = true;\n",
+        r"\g<0>  handleInterruptMaskChange();\n",
+    ),
 )
 
 

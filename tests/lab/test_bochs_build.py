@@ -28,6 +28,7 @@ SOURCE = {
     "cpu/vmx.cc": """\
   if (! check_CR4(guest.cr4)) {
   BX_CPU_THIS_PTR cr4.set32((Bit32u) guest.cr4);
+  BX_CPU_THIS_PTR in_vmx_guest = true;
   if (! check_CR4(host_state->cr4)) {
   BX_CPU_THIS_PTR cr4.set32((Bit32u) host_state->cr4);
 """,
@@ -77,7 +78,8 @@ def test_the_patches(tmp_path: Path) -> None:
     vmx = (tree / "cpu/vmx.cc").read_text().splitlines()
     assert vmx[0].strip() == "BX_CPU_THIS_PTR cr4.set_LA57((guest.cr4 >> 12) & 1);"
     assert vmx[3].strip() == "BX_CPU_THIS_PTR linaddr_width = BX_CPU_THIS_PTR cr4.get_LA57() ? 57 : 48;"
-    assert "cr4.set_LA57((host_state->cr4 >> 12) & 1);" in vmx[4]
+    assert vmx[5].strip() == "handleInterruptMaskChange();"
+    assert "cr4.set_LA57((host_state->cr4 >> 12) & 1);" in vmx[6]
     assert "0x1a0" in (tree / "cpu/cpuid.h").read_text()
     assert "the guest was reset" in (tree / "pc_system.cc").read_text()
 
