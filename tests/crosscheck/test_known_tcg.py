@@ -66,7 +66,7 @@ BUGS = (
         case("0f58c1", FX),
         replace(FX_DONE, floating=replace(FX, mxcsr=0x1F82)),
         replace(FX_DONE, floating=replace(FX, mxcsr=0x1F80)),
-        (replace(FX_DONE, floating=replace(FX, mxcsr=0x1F81)), FX_RAX),
+        (replace(FX_DONE, floating=replace(FX, ftwx=1), vector=Vector.UD), FX_RAX),
     ),
     Bug(
         "read-modify-write",
@@ -84,6 +84,50 @@ BUGS = (
         (refused(Vector.UD), refused(Vector.SS)),
     ),
     Bug("near branches", case("660f8980000000"), DONE, replace(DONE, registers=Registers(rip=1)), ()),
+    Bug(
+        "read-modify-write",
+        case("64 4d 83 a8 56 18 9c 13 20"),
+        replace(FAULT, error=3, address=0x5FFC),
+        replace(FAULT, error=0, address=0x6000),
+        (replace(FAULT, error=0, address=0x7000), replace(FAULT, error=0, address=0x5F00)),
+    ),
+    Bug(
+        "MMX state",
+        case("0f2a5dec", FX),
+        replace(FX_DONE, floating=TOP),
+        FX_DONE,
+        (FX_RAX,),
+    ),
+    Bug(
+        "SSE arithmetic",
+        case("f20f5dc5", FX),
+        FX_DONE,
+        replace(FX_DONE, floating=replace(FX, xmm=(VALUE, *FX.xmm[1:]))),
+        (FX_RAX, refused(Vector.UD)),
+    ),
+    Bug("SSE arithmetic", case("f20f59c1", FX), refused(Vector.XM), FX_DONE, (refused(Vector.GP),)),
+    Bug(
+        "limits and rights",
+        case("2e862a", mode=32),
+        refused(Vector.GP),
+        FAULT,
+        (refused(Vector.SS), refused(Vector.UD)),
+    ),
+    Bug(
+        "64-bit far",
+        case("4d0fb2637a"),
+        replace(refused(Vector.GP), error=0x28),
+        replace(refused(Vector.GP), error=0xC560),
+        (),
+    ),
+    Bug(
+        "not canonical",
+        case("c22100"),
+        refused(Vector.GP),
+        replace(refused(Vector.GP), registers=replace(REGISTERS, rsp=0x29)),
+        (DONE,),
+    ),
+    Bug("MOVNTI", case("660fc338"), refused(Vector.UD), DONE, ()),
     Bug("CMPXCHG16B", case("66480fc74bc8"), refused(Vector.GP), refused(Vector.UD), (DONE,)),
 )
 
@@ -111,7 +155,7 @@ def test_elsewhere_it_explains_nothing(bug: Bug, emulator: str, monkeypatch: pyt
 def test_it_explains_nothing_else(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(LAB, "qemu-tcg")
     for other in bug.others:
-        assert explanation("kvm", bug.case, bug.model, other) is None
+        assert explanation("kvm", bug.case, bug.model, other) is None, other
     plain = case("01d8")
     assert explanation("kvm", plain, DONE, RAX) is None
 
@@ -136,3 +180,14 @@ def test_in_labs_kvms_emulator_runs_only_intels_real_mode(monkeypatch: pytest.Mo
     ):
         monkeypatch.setenv(LAB, emulator)
         assert (explanation("kvm", case("d40a", mode=mode), DONE, flags) is not None) == expected
+
+
+def test_undefined_bits_of_lar_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LAB, "qemu-tcg")
+    lar = case("0f02d8")
+    rights = replace(DONE, registers=replace(REGISTERS, rbx=0xCFFB00))
+    found = explanation("kvm", lar, rights, replace(DONE, registers=replace(REGISTERS, rbx=0xC0FB00)))
+    assert found is not None
+    assert found.name == "undefined bits of LAR"
+    wrong = replace(DONE, registers=replace(REGISTERS, rbx=0xC0FA00))
+    assert explanation("host", lar, rights, wrong) is None

@@ -7,6 +7,7 @@ from typing import Final
 from pykvm.crosscheck.instructions.case import FLAT, InstructionCase, Outcome
 from pykvm.crosscheck.instructions.rule import Opcode, known, opcodes
 from pykvm.x86.exceptions import Vector
+from pykvm.x86.registers import GENERAL
 
 _MANY_PREFIXES: Final = 6
 """With as many a VEX or XOP instruction with an immediate exceeds 15 bytes."""
@@ -32,6 +33,18 @@ def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> 
     swaps = len(opcode.code) == 2 and opcode.code[0] == 0x0F and 0xC8 <= opcode.code[1] <= 0xCF
     short = (0x66 in opcode.prefixes) != (case.mode == 16)
     return swaps and short and model.vector is other.vector is None
+
+
+@known(
+    "undefined bits of LAR",
+    "any",
+    "bits 19:16 of the access rights that it loads are undefined (SDM vol. 2, LAR)",
+)
+def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
+    if opcode.code != b"\x0f\x02" or model.vector is not None or other.vector is not None:
+        return False
+    pairs = [(getattr(model.registers, name), getattr(other.registers, name)) for name in GENERAL]
+    return model.memory == other.memory and all((one ^ two) & ~0xF0000 == 0 for one, two in pairs)
 
 
 @known(
