@@ -138,7 +138,7 @@ def command(
     chosen = selection(selection_name)
     cache = Cache()
     store = Store(cache, chosen.name)
-    state = matrix.state_of(root, chosen)
+    state = matrix.state_of(root)
     failed: dict[str, str] = {}
     try:
         if not report_only:
@@ -146,9 +146,9 @@ def command(
             failed = _run(session, cache, root, store, state, series, kinds, chosen.name, jobs, accel, again)
     finally:
         # What was found before an interruption is worth a page, too.  The sources may have changed meanwhile.
-        state = matrix.state_of(root, chosen)
-        cells = store.all()
-        document = report(cells, chosen, state, matrix.now())
+        state = matrix.state_of(root)
+        cells = matrix.widest(cache)
+        document = report(cells, state, matrix.now())
         session.document |= document | {"failed": failed, "page": str(page)}
         if cells:
             write_text(page, markdown(document))
@@ -156,7 +156,7 @@ def command(
                 write_text(html_path, matrix_page(document))
     if not cells and not failed:
         raise UsageError(
-            f"No cell of selection '{chosen.name}' has been run yet; leave --report-only out to run some."
+            "No cell of the matrix has been run yet; leave --report-only out to run some."
         )
     _show(session, cells, page, html_path)
     _judge(cells, state, failed, session)

@@ -64,7 +64,7 @@ def run_cell(order: Order, kernel: PreparedKernel, emulator: Emulator, runner: R
     slow = emulator.slug == "bochs"
     asked = selection(order.selection)
     chosen = fitting(asked, slow=slow)
-    state = state_of(Path(order.root), asked)
+    state = state_of(Path(order.root))
     within = limits(chosen, slow=slow)
     spec = SuiteSpec(
         kernel=kernel,

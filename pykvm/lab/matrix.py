@@ -23,7 +23,7 @@ from pykvm.lab.kernels import PreparedKernel
 from pykvm.lab.kinds import KINDS, Kind
 from pykvm.lab.modules import closure, modinfo
 from pykvm.lab.results import GarbledResult, SuiteResult
-from pykvm.lab.selections import Selection
+from pykvm.lab.selections import SELECTIONS
 
 FORMAT = 1
 Again = Literal["", "older", "failed", "all"]
@@ -32,6 +32,7 @@ Again = Literal["", "older", "failed", "all"]
 _SOURCES = {".py", ".c", ".h", ".S", ".inc", ".ld", ".toml"}
 _FOLDERS = ("pykvm", "tests", "guests")
 # Neither the lab itself nor pages about results change what a test in a lab sees.
+_SELECTIONS = "pykvm/lab/selections.py"
 _NO_MATTER = ("pykvm/lab/", "pykvm/report/", "pykvm/cli/lab", "tests/lab/", "tests/report/", "tests/unit/")
 
 
@@ -93,21 +94,22 @@ def now() -> str:
 # --- the state of the checkout -------------------------------------------------------------------
 
 
-def state_of(root: Path, chosen: Selection) -> State:
-    """The state of the checkout at ``root``, as far as the tests of this selection execute it."""
-    return State(fingerprint(root, chosen), revision(root))
+def state_of(root: Path) -> State:
+    """The state of the checkout at ``root``, as far as tests in labs execute it."""
+    return State(fingerprint(root), revision(root))
 
 
-def fingerprint(root: Path, chosen: Selection) -> str:
-    """A digest of the sources that tests in a lab execute, and of which tests are chosen."""
-    digest = hashlib.sha256(repr((chosen.paths, chosen.keyword)).encode())
+def fingerprint(root: Path) -> str:
+    """A digest of the sources that tests in a lab execute, and of what selects them."""
+    digest = hashlib.sha256()
     for name in _FOLDERS:
         for above, folders, files in os.walk(root / name):
             folders.sort()
             for file in sorted(files):
                 path = Path(above, file)
                 inside = str(path.relative_to(root))
-                if path.suffix in _SOURCES and not inside.startswith(_NO_MATTER):
+                matters = inside == _SELECTIONS or not inside.startswith(_NO_MATTER)
+                if path.suffix in _SOURCES and matters:
                     digest.update(f"\0{inside}\0".encode())
                     digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -162,6 +164,20 @@ class Store:
         """Every cell, by kernel and then in the order of the kinds."""
         found = [_read(path) for path in sorted(self._folder.glob("*.json"))]
         return sorted(filter(None, found), key=lambda cell: (series_key(cell.series), _kind_key(cell.kind)))
+
+
+def widest(cache: Cache) -> list[Saved]:
+    """Of every kernel and kind the cell with the widest selection; of two as wide, the later one."""
+    wide = list(SELECTIONS)
+    best: dict[tuple[str, str], tuple[int, str, Saved]] = {}
+    for name in wide:
+        for cell in Store(cache, name).all():
+            rank = wide.index(cell.selection) if cell.selection in wide else -1
+            place = (cell.series, cell.kind)
+            if place not in best or (rank, cell.when) > best[place][:2]:
+                best[place] = (rank, cell.when, cell)
+    cells = [cell for _, _, cell in best.values()]
+    return sorted(cells, key=lambda cell: (series_key(cell.series), _kind_key(cell.kind)))
 
 
 def _read(path: Path) -> Saved | None:

@@ -13,7 +13,7 @@ from pykvm.lab.kinds import KINDS
 from pykvm.lab.matrix import Saved, State, is_older, series_key
 from pykvm.lab.matrix_facts import changes, facts
 from pykvm.lab.results import OUTCOMES, Case, SuiteResult
-from pykvm.lab.selections import Selection
+from pykvm.lab.selections import SELECTIONS
 
 CLASSES = {
     "unexplained": "Failures that nothing explains yet",
@@ -28,7 +28,7 @@ CLASSES = {
 _NODEIDS = 12  # tests named in a group
 
 
-def report(cells: Sequence[Saved], chosen: Selection, state: State, when: str) -> dict[str, Any]:
+def report(cells: Sequence[Saved], state: State, when: str) -> dict[str, Any]:
     """The document.  Cells of older states are in it and say so."""
     series = sorted({cell.series for cell in cells}, key=series_key)
     kinds = [name for name in KINDS if any(cell.kind == name for cell in cells)]
@@ -36,8 +36,11 @@ def report(cells: Sequence[Saved], chosen: Selection, state: State, when: str) -
     return {
         "when": when,
         "revision": state.revision,
-        "selection": chosen.name,
-        "about": chosen.about,
+        "selections": [
+            {"name": item.name, "about": item.about}
+            for item in SELECTIONS.values()
+            if any(cell.selection == item.name for cell in ran)
+        ],
         "series": series,
         "kinds": [{"name": name, "about": KINDS[name].about} for name in kinds],
         "cells": [_cell(cell, state) for cell in cells],
@@ -134,6 +137,7 @@ def text_of(cell: Mapping[str, Any] | None) -> str:
     counts = cell["counts"]
     judged = sum(counts.values()) - counts["skipped"]
     text = f"{counts['passed']} of {judged}" if judged else f"no result ({cell['state']})"
+    text = f"{cell['selection']}: {text}"
     rest = [f"{counts[name]} {name}" for name in OUTCOMES[1:] if counts[name]]
     if cell["left"]:
         rest.append(f"{cell['left']} not run")
@@ -170,8 +174,10 @@ def markdown(document: Mapping[str, Any]) -> str:
         "What the real-KVM tests of this checkout said on KVM hosts of several kinds, each a Debian kernel "
         "in a [lab](labs.md). Written by `pykvm lab matrix`; not to be edited by hand.",
         "",
-        f"Selection `{document['selection']}`: {document['about']}. "
-        f"State of the checkout: {code(document['revision'] or 'unknown')}, {document['when']}.",
+        f"State of the checkout: {code(document['revision'] or 'unknown')}, {document['when']}. "
+        "The tests are those of the widest selection that was run:",
+        "",
+        *(f"* `{item['name']}`: {item['about']}." for item in document["selections"]),
         "",
         "A cell says how many of the tests passed that ran and were not skipped, and what the others did: "
         "`xfailed` is a failure with a known reason, `died` a test that ended its lab. `older` is a result "

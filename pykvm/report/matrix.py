@@ -41,8 +41,9 @@ def matrix_page(document: Mapping[str, Any]) -> str:
         else '<span class="verdict good">no unexplained failure</span>'
     )
     about = (
-        f"Selection {document['selection']}: {document['about']}. {plural(len(ran), 'lab')}, "
-        f"{plural(tests, 'test')}. State {document['revision'] or 'unknown'}, {document['when']}."
+        f"{plural(len(ran), 'lab')}, {plural(tests, 'test')}. "
+        + "".join(f"Selection {item['name']}: {item['about']}. " for item in document["selections"])
+        + f"State {document['revision'] or 'unknown'}, {document['when']}."
     )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -263,7 +263,7 @@ def cells(no_labs: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> lis
                 boots=1,
                 cases=(case,),
             )
-            now_is = matrix.state_of(Path(order["root"]), selection("core"))
+            now_is = matrix.state_of(Path(order["root"]))
             state = (now_is.fingerprint, now_is.revision, now())
             store.save(
                 Saved(task.kernel.series, task.kernel.release, task.kind.name, "core", *state, result=result)
@@ -364,7 +364,7 @@ def test_a_page_about_nothing_is_refused(
     page = tmp_path / "m.md"
     done = invoke(capfd, "lab", "matrix", "--report-only", "--markdown", str(page))
     assert done.status == 2
-    assert "No cell of selection 'core' has been run yet" in done.err
+    assert "No cell of the matrix has been run yet" in done.err
     assert not page.exists()
 
 

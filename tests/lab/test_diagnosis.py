@@ -35,7 +35,7 @@ PATCHING = """[    1.9] invalid opcode: 0000 [#1] SMP
         ("Out of memory: Killed process 99 (python3) total-vm:1", "bochs", "memory", "--memory"),
         ("qemu: fatal: Trying to execute code outside RAM", "qemu-tcg", "emulator", "outside RAM"),
         (">>PANIC<< prefetch: running in bogus memory", "bochs", "emulator", "bogus memory"),
-        ("Traceback\nKeyError: 'argv'\r\npykvm: the agent ended with 1\r\n", "qemu-tcg", "unknown", "KeyError"),
+        ("KeyError: 'argv'\r\npykvm: the agent ended with 1\r\n", "qemu-tcg", "unknown", "KeyError"),
         ("", "qemu-tcg", "unknown", "without a word"),
     ],
 )  # fmt: skip

@@ -138,6 +138,7 @@ def checkout(folder: Path) -> Path:
         ("tests/kvm/test_new.py", True),
         ("guests/a.S", True),
         ("pykvm/lab/suite.py", False),
+        ("pykvm/lab/selections.py", True),
         ("tests/lab/x.py", False),
         ("docs/page.md", False),
         ("pykvm/kvm/vm.pyc", False),
@@ -145,17 +146,25 @@ def checkout(folder: Path) -> Path:
 )
 def test_only_what_tests_execute_changes_the_fingerprint(tmp_path: Path, name: str, matters: bool) -> None:
     root = checkout(tmp_path)
-    before = matrix.fingerprint(root, selection("core"))
-    assert matrix.fingerprint(root, selection("core")) == before
+    before = matrix.fingerprint(root)
+    assert matrix.fingerprint(root) == before
     path = root / name
     path.parent.mkdir(exist_ok=True)
     path.write_text("two\n")
-    assert (matrix.fingerprint(root, selection("core")) != before) == matters
+    assert (matrix.fingerprint(root) != before) == matters
 
 
-def test_another_selection_is_another_state(tmp_path: Path) -> None:
-    root = checkout(tmp_path)
-    assert matrix.fingerprint(root, selection("core")) != matrix.fingerprint(root, selection("smoke"))
+def test_the_page_shows_the_widest_selection_and_then_the_latest(tmp_path: Path) -> None:
+    def keep(store: str, series: str, ran: str, when: str) -> Saved:
+        cell = replace(saved(series), selection=ran, when=when)
+        Store(Cache(tmp_path), store).save(cell)
+        return cell
+
+    early = keep("core", "6.1", "core", "2026-01-01")
+    keep("smoke", "6.1", "smoke", "2026-01-09")
+    keep("smoke", "6.12", "smoke", "2026-01-01")
+    late = keep("core", "6.12", "smoke", "2026-01-02")  # as under Bochs
+    assert matrix.widest(Cache(tmp_path)) == [early, late]
 
 
 def test_a_folder_without_git_has_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +271,7 @@ def test_a_cell_saves_its_result_and_says_how_it_goes(tmp_path: Path) -> None:
     assert Store(Cache(tmp_path), "core").load("6.1", "amd-npt") == found
     assert found.result is not None
     assert [case.outcome for case in found.result.cases] == ["passed", "failed"]
-    state = matrix.fingerprint(tmp_path / "checkout", selection("core"))
+    state = matrix.fingerprint(tmp_path / "checkout")
     assert (found.selection, found.fingerprint) == ("core", state)
     assert [(line["case"]["nodeid"], line["done"], line["collected"]) for line in said] == [
         ("a", 1, 2),

@@ -24,11 +24,9 @@ from pykvm.lab.matrix_report import (
     text_of,
 )
 from pykvm.lab.results import OUTCOMES, Case, SuiteResult
-from pykvm.lab.selections import selection
 from pykvm.report import matrix as page
 
 NOW = State("f" * 16, "abc123")
-CORE = selection("core")
 WHEN = "2026-01-02T03:04:05Z"
 
 
@@ -98,16 +96,16 @@ CELLS = [
 
 
 def document() -> dict[str, Any]:
-    return report(CELLS, CORE, NOW, WHEN)
+    return report(CELLS, NOW, WHEN)
 
 
 def test_cells_of_the_main_table() -> None:
     cells = {(cell["series"], cell["kind"]): text_of(cell) for cell in document()["cells"]}
     assert cells == {
-        ("6.1", "amd-npt"): "1 of 5 (2 failed, 2 xfailed, 1 skipped)",
+        ("6.1", "amd-npt"): "core: 1 of 5 (2 failed, 2 xfailed, 1 skipped)",
         ("6.1", "intel-ept"): "not offered",
-        ("6.12", "amd-npt"): "1 of 2 (1 xfailed), older",
-        ("6.12", "amd-npt-oldmmu"): "0 of 1 (1 died, 2 not run)",
+        ("6.12", "amd-npt"): "core: 1 of 2 (1 xfailed), older",
+        ("6.12", "amd-npt-oldmmu"): "core: 0 of 1 (1 died, 2 not run)",
     }
     assert text_of(None) == "not run"
 
@@ -116,8 +114,8 @@ def test_a_cell_without_any_result_says_so() -> None:
     known = saved("6.1", "amd-npt", problem="Too slow.")
     assert known.result is not None
     late = Saved.from_json(known.to_json() | {"result": known.result.to_json() | {"state": "timeout"}})
-    (cell,) = report([late], CORE, NOW, WHEN)["cells"]
-    assert text_of(cell) == "no result (timeout)"
+    (cell,) = report([late], NOW, WHEN)["cells"]
+    assert text_of(cell) == "core: no result (timeout)"
 
 
 def test_reasons_are_grouped_worst_first() -> None:
@@ -229,11 +227,11 @@ def test_the_markdown_page_has_everything() -> None:
     text = markdown(document())
     for part in (
         "# Support matrix",
-        "Selection `core`",
+        "* `core`: KVM",
         "`abc123`, 2026-01-02T03:04:05Z",
         "Linux 6.1 | Linux 6.12",
-        "1 of 5 (2 failed, 2 xfailed, 1 skipped)",
-        "1 of 2 (1 xfailed), older",
+        "core: 1 of 5 (2 failed, 2 xfailed, 1 skipped)",
+        "core: 1 of 2 (1 xfailed), older",
         "### Failures that nothing explains yet",
         "assert 1 == 2 &#124; pipe",
         "`test_two`",
@@ -258,7 +256,7 @@ def test_rows_are_as_wide_as_their_heads() -> None:
 
 
 def test_a_matrix_without_cells_says_so() -> None:
-    assert "No cell has been run yet." in markdown(report([], CORE, NOW, WHEN))
+    assert "No cell has been run yet." in markdown(report([], NOW, WHEN))
 
 
 @settings(deadline=None)
@@ -312,13 +310,13 @@ def test_the_html_page_is_whole_and_escaped() -> None:
         saved("6.2", "amd-shadow", not_offered=bad),
     ]
     for cells in (CELLS, evil, []):
-        text = page.matrix_page(report(cells, CORE, NOW, WHEN))
+        text = page.matrix_page(report(cells, NOW, WHEN))
         parser = Structure()
         parser.feed(text)
         assert parser.open == []
         assert "<script" not in text
         assert "http" not in text.replace("http-equiv", "")
-        assert text == page.matrix_page(report(cells, CORE, NOW, WHEN))
+        assert text == page.matrix_page(report(cells, NOW, WHEN))
 
 
 def test_the_html_page_has_everything() -> None:
@@ -336,5 +334,5 @@ def test_the_html_page_has_everything() -> None:
         "tests/a.py::test_two[y]",
     ):
         assert part in text, part
-    good = page.matrix_page(report([saved("6.1", "amd-npt", Case("x", "passed"))], CORE, NOW, WHEN))
+    good = page.matrix_page(report([saved("6.1", "amd-npt", Case("x", "passed"))], NOW, WHEN))
     assert "no unexplained failure" in good
