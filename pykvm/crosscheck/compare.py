@@ -13,12 +13,14 @@ from enum import Enum
 from itertools import zip_longest
 from typing import Final
 
+from pykvm.crosscheck.emulated_steps import tcg_bug
 from pykvm.crosscheck.loss import first_loss
 from pykvm.crosscheck.rules import comparable, excusing, may_stand, same_exit
 from pykvm.crosscheck.steps import describe
 from pykvm.crosscheck.trace import StepTrace, Trace
 from pykvm.errors import UsageError
 from pykvm.machine import Exit, InternalError
+from pykvm.machine.emulation import QEMU_TCG, emulator
 from pykvm.memory import PAGE_SIZE
 
 _EMULATION: Final = 1
@@ -116,7 +118,17 @@ def _comparable_steps(first: Trace, second: Trace) -> tuple[int, str]:
                     return number, f"in step {number} {trace.backend} gave up: {reason}"
         if pair[0].overdue and pair[1].overdue:
             return number, f"step {number} was out of time on both machines"
+        if emulator() == QEMU_TCG and (bug := _emulator_bug((first.backend, second.backend), pair)):
+            return number, f"in step {number} {bug}"
     return min(len(first.steps), len(second.steps)), ""
+
+
+def _emulator_bug(backends: tuple[str, str], steps: tuple[StepTrace, StepTrace]) -> str:
+    """What TCG did wrong in a step of KVM's guest, if one of the two machines is the model."""
+    if backends.count("model") != 1:
+        return ""
+    model, kvm = steps if backends[0] == "model" else steps[::-1]
+    return tcg_bug(model, kvm)
 
 
 # --- L0 ------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from pykvm.crosscheck.scenario import Scenario, Surplus
 from pykvm.crosscheck.steps import SlotPlan
 from pykvm.crosscheck.trace import StepTrace, Trace, VcpuView
 from pykvm.errors import UsageError
-from pykvm.machine import DirtyPages, Halted, InternalError, IoOut, MmioWrite, Segment, SlotFlags
+from pykvm.machine import DirtyPages, Halted, InternalError, IoOut, MmioRead, MmioWrite, Segment, SlotFlags
 from pykvm.memory import PAGE_SIZE
 from pykvm.model.system import ModelSystem
+from pykvm.x86.bits import Rflags
 from tests.crosscheck.samples import DATA, DATA_PAGES, LOG, PAGES, guest, scenario, writer
 
 GFN = DATA // PAGE_SIZE
@@ -350,3 +351,91 @@ def test_the_hidden_part_of_a_null_selector_does_not_count(trace: Trace) -> None
 
 def test_every_exception_has_a_reason() -> None:
     assert all(rule.what and len(rule.why) > 20 for rule in IGNORED)
+
+
+# --- a lab whose processor is QEMU's TCG -----------------------------------------------------------
+
+
+def page_of(words: dict[int, int]) -> bytes:
+    """A page of zeros but for these quadwords, by number."""
+    data = bytearray(PAGE_SIZE)
+    for number, value in words.items():
+        data[8 * number : 8 * number + 8] = value.to_bytes(8, "little")
+    return bytes(data)
+
+
+def both(trace: Trace, model: dict[str, object], kvm: dict[str, object]) -> tuple[Trace, Trace]:
+    """The trace of the model and that of "kvm", each with members of step 2 replaced."""
+    return replace(broken(trace, 2, **model), backend="model"), broken(trace, 2, **kvm)
+
+
+def with_ss(step: StepTrace, selector: int) -> tuple[VcpuView, ...]:
+    special = step.vcpus[0].special
+    kernel = replace(special, cs=replace(special.cs, dpl=0), ss=Segment(selector=selector))
+    return (replace(step.vcpus[0], special=kernel),)
+
+
+READ = MmioRead(0x87C28, 8)
+AT = (0, 7)
+TCG_STEPS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "error code": ({"changed": {AT: page_of({5: 7})}}, {"changed": {AT: page_of({5: 5})}}),
+    "D of an entry": (
+        {"changed": {AT: page_of({3: 0x8067})}, "exits": (READ,)},
+        {"changed": {AT: page_of({3: 0x8027})}, "exits": (READ,)},
+    ),
+    "D of a page of entries": (
+        {"changed": {AT: page_of({3: 0x8067})}, "exits": (READ,)},
+        {"changed": {}, "exits": (READ,)},
+    ),
+}
+OTHER_STEPS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "another error code": ({"changed": {AT: page_of({5: 7})}}, {"changed": {AT: page_of({5: 6})}}),
+    "W too many": ({"changed": {AT: page_of({5: 5})}}, {"changed": {AT: page_of({5: 7})}}),
+    "no error code": ({"changed": {AT: page_of({5: 0x1007})}}, {"changed": {AT: page_of({5: 0x1005})}}),
+    "D without a read": ({"changed": {AT: page_of({3: 0x8067})}}, {"changed": {AT: page_of({3: 0x8027})}}),
+    "a lost store": ({"changed": {AT: page_of({3: 0x5A})}, "exits": (READ,)}, {"exits": (READ,)}),
+}
+
+
+@pytest.mark.parametrize("name", TCG_STEPS)
+def test_a_comparison_ends_before_a_step_that_shows_a_bug_of_tcg(
+    trace: Trace, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = both(trace, *TCG_STEPS[name])
+    assert isinstance(compare(first, second, Level.L4), Difference)
+    monkeypatch.setenv("PYKVM_LAB_EMULATOR", "qemu-tcg")
+    for traces in ((first, second), (second, first)):
+        for level in (Level.L4, Level.L0, Level.L1):
+            result = compare(*traces, level)
+            assert isinstance(result, Agreement)
+            assert result.steps == 2
+            assert result.note.startswith("in step 2 emulator: QEMU's TCG makes a read-modify-write")
+
+
+@pytest.mark.parametrize("name", OTHER_STEPS)
+def test_other_differences_are_found_in_its_lab_too(
+    trace: Trace, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYKVM_LAB_EMULATOR", "qemu-tcg")
+    first, second = both(trace, *OTHER_STEPS[name])
+    assert isinstance(compare(first, second, Level.L4), Difference)
+
+
+def test_a_null_ss_in_a_handler_of_cpl_0_is_tcgs(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = trace.steps[2]
+    first, second = both(trace, {"vcpus": with_ss(step, 0x10)}, {"vcpus": with_ss(step, 0)})
+    assert "ss." in difference(first, second, Level.L4).what
+    monkeypatch.setenv("PYKVM_LAB_EMULATOR", "qemu-tcg")
+    assert "a null SS" in str(compare(first, second, Level.L4))
+    first, second = both(trace, {"vcpus": with_ss(step, 0x10)}, {"vcpus": with_ss(step, 0x18)})
+    assert "ss.selector" in difference(first, second, Level.L4).what
+
+
+def test_undefined_af_counts_on_processors_only(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = trace.steps[1].vcpus[0].registers.rflags
+    other = broken(trace, 1, vcpus=with_register(trace.steps[1], "rflags", flags ^ Rflags.AF))
+    assert "rflags" in difference(trace, other, Level.L4).what
+    monkeypatch.setenv("PYKVM_LAB_EMULATOR", "qemu-tcg")
+    assert isinstance(compare(trace, other, Level.L4), Agreement)
+    other = broken(trace, 1, vcpus=with_register(trace.steps[1], "rflags", flags ^ Rflags.ZF))
+    assert "rflags" in difference(trace, other, Level.L4).what
