@@ -111,17 +111,19 @@ def test_a_triple_fault_is_an_error_of_the_guest(capfd: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("log", ["bitmap", "manual", "ring"])
-def test_log_tells_what_the_guest_wrote(capfd: pytest.CaptureFixture[str], image: Path, log: str) -> None:
+def test_log_tells_what_the_guest_wrote(
+    capfd: pytest.CaptureFixture[str], image: Path, log: str, backend: str
+) -> None:
     # mov byte [0x5000], 1 ; mov byte [0x6000], 1 ; mov byte [0x9fff], 1: gfns 5, 6 and 9
     code = b"\xc6\x06\x00\x50\x01\xc6\x06\x00\x60\x01\xc6\x06\xff\x9f\x01" + HALT
     document = run(capfd, image, code, "--log", log, "--json").document
     written = [{"slot": 0, "first_gfn": 5, "pages": 2}, {"slot": 0, "first_gfn": 9, "pages": 1}]
     # Nested paging reports code that was fetched, too (hosts.md B.9): here gfn 8.
     with_code = [written[0], {"slot": 0, "first_gfn": 8, "pages": 2}]
-    assert document["dirty"] in (
-        {"tracker": log, "pages": 3, "runs": written},
-        {"tracker": log, "pages": 4, "runs": with_code},
-    )
+    right = [{"tracker": log, "pages": 3, "runs": written}]
+    if backend == "kvm":
+        right.append({"tracker": log, "pages": 4, "runs": with_code})
+    assert document["dirty"] in right
 
 
 def test_trace_exits_lists_what_nobody_answers(capfd: pytest.CaptureFixture[str], image: Path) -> None:
