@@ -9,12 +9,15 @@ import struct
 from collections.abc import Iterator
 from typing import Final
 
+from pykvm.crosscheck.rig import HANDLER_PORT
 from pykvm.crosscheck.trace import StepTrace
-from pykvm.machine import MmioRead
+from pykvm.machine import IoOut, MmioRead
 from pykvm.memory import PAGE_SIZE
 from pykvm.x86.bits import PageFault, Pte
+from pykvm.x86.exceptions import Vector
 
 _LARGEST_ERROR: Final = 0x40
+_PAGE_FAULT_PORT: Final = HANDLER_PORT + Vector.PF
 _ENTRIES: Final = struct.Struct(f"<{PAGE_SIZE // 8}Q")
 
 
@@ -25,12 +28,13 @@ def tcg_bug(model: StepTrace, kvm: StepTrace) -> str:
         if right.special.cs.l and ours.selector and not theirs.selector and not right.special.cs.dpl:
             return "emulator: QEMU's TCG loads a null SS for an interrupt by IST at CPL 0"
     waited = any(isinstance(each, MmioRead) for each in kvm.exits)
+    faulted = any(isinstance(each, IoOut) and each.port == _PAGE_FAULT_PORT for each in kvm.exits)
     for page, contents in model.changed.items():
         other = kvm.changed.get(page)
         if other is None:
             if waited and any(entry & _DIRTY == _DIRTY for entry in _ENTRIES.unpack(contents)):
                 return _READ_FIRST
-        elif any(_written(one, another, waited=waited) for one, another in _differing(contents, other)):
+        elif any(_read_first(*pair, waited, faulted) for pair in _differing(contents, other)):
             return _READ_FIRST
     return ""
 
@@ -44,8 +48,11 @@ def _differing(one: bytes, other: bytes) -> Iterator[tuple[int, int]]:
     return ((a, b) for a, b in pairs if a != b)
 
 
-def _written(model: int, kvm: int, *, waited: bool) -> bool:
-    """An error code without W, or, where the read went to the host, an entry without D."""
+def _read_first(model: int, kvm: int, waited: bool, faulted: bool) -> bool:
+    """An error code without W; an entry whose A a read set before the write faulted; or one without D, where
+    the read went to the host."""
     if model ^ kvm == PageFault.WR & model:
         return model < _LARGEST_ERROR
-    return waited and model ^ kvm == Pte.D & model and bool(model & Pte.P)
+    if not model & kvm & Pte.P:
+        return False
+    return (faulted and model ^ kvm == Pte.A & kvm) or (waited and model ^ kvm == Pte.D & model)

@@ -376,12 +376,18 @@ def with_ss(step: StepTrace, selector: int) -> tuple[VcpuView, ...]:
 
 
 READ = MmioRead(0x87C28, 8)
+HANDLED = IoOut(0x4E, 1, b"B")
+"""By the handler of page faults."""
 AT = (0, 7)
 TCG_STEPS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "error code": ({"changed": {AT: page_of({5: 7})}}, {"changed": {AT: page_of({5: 5})}}),
     "D of an entry": (
         {"changed": {AT: page_of({3: 0x8067})}, "exits": (READ,)},
         {"changed": {AT: page_of({3: 0x8027})}, "exits": (READ,)},
+    ),
+    "A of an entry": (
+        {"changed": {AT: page_of({3: 0x8005})}, "exits": (HANDLED,)},
+        {"changed": {AT: page_of({3: 0x8025})}, "exits": (HANDLED,)},
     ),
     "D of a page of entries": (
         {"changed": {AT: page_of({3: 0x8067})}, "exits": (READ,)},
@@ -392,6 +398,11 @@ OTHER_STEPS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "another error code": ({"changed": {AT: page_of({5: 7})}}, {"changed": {AT: page_of({5: 6})}}),
     "W too many": ({"changed": {AT: page_of({5: 5})}}, {"changed": {AT: page_of({5: 7})}}),
     "no error code": ({"changed": {AT: page_of({5: 0x1007})}}, {"changed": {AT: page_of({5: 0x1005})}}),
+    "A without a fault": ({"changed": {AT: page_of({3: 0x8005})}}, {"changed": {AT: page_of({3: 0x8025})}}),
+    "A that is not set": (
+        {"changed": {AT: page_of({3: 0x8025})}, "exits": (HANDLED,)},
+        {"changed": {AT: page_of({3: 0x8005})}, "exits": (HANDLED,)},
+    ),
     "D without a read": ({"changed": {AT: page_of({3: 0x8067})}}, {"changed": {AT: page_of({3: 0x8027})}}),
     "a lost store": ({"changed": {AT: page_of({3: 0x5A})}, "exits": (READ,)}, {"exits": (READ,)}),
 }
