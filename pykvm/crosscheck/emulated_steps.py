@@ -11,7 +11,7 @@ from typing import Final
 
 from pykvm.crosscheck.rig import HANDLER_PORT
 from pykvm.crosscheck.trace import StepTrace
-from pykvm.machine import IoOut, MmioRead
+from pykvm.machine import Exit, IoOut, MmioRead
 from pykvm.memory import PAGE_SIZE
 from pykvm.x86.bits import PageFault, Pte
 from pykvm.x86.exceptions import Vector
@@ -27,8 +27,12 @@ def tcg_bug(model: StepTrace, kvm: StepTrace) -> str:
         ours, theirs = right.special.ss, wrong.special.ss
         if right.special.cs.l and ours.selector and not theirs.selector and not right.special.cs.dpl:
             return "emulator: QEMU's TCG loads a null SS for an interrupt by IST at CPL 0"
+    pairs = zip(model.exits, kvm.exits, strict=False)
+    ends = next(((one, other) for one, other in pairs if one != other), None)
+    if ends is not None and _is_page_fault(ends[0]) and isinstance(ends[1], MmioRead):
+        return _READ_FIRST
     waited = any(isinstance(each, MmioRead) for each in kvm.exits)
-    faulted = any(isinstance(each, IoOut) and each.port == _PAGE_FAULT_PORT for each in kvm.exits)
+    faulted = any(_is_page_fault(each) for each in kvm.exits)
     for page, contents in model.changed.items():
         other = kvm.changed.get(page)
         if other is None:
@@ -41,6 +45,11 @@ def tcg_bug(model: StepTrace, kvm: StepTrace) -> str:
 
 _READ_FIRST: Final = "emulator: QEMU's TCG makes a read-modify-write a read and then a write"
 _DIRTY: Final = int(Pte.P | Pte.A | Pte.D)
+
+
+def _is_page_fault(exit: Exit) -> bool:
+    """Whether the handler of page faults tells that it runs."""
+    return isinstance(exit, IoOut) and exit.port == _PAGE_FAULT_PORT
 
 
 def _differing(one: bytes, other: bytes) -> Iterator[tuple[int, int]]:

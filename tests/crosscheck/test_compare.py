@@ -389,6 +389,7 @@ TCG_STEPS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
         {"changed": {AT: page_of({3: 0x8005})}, "exits": (HANDLED,)},
         {"changed": {AT: page_of({3: 0x8025})}, "exits": (HANDLED,)},
     ),
+    "read that should be a fault": ({"exits": (HANDLED,)}, {"exits": (READ,)}),
     "D of a page of entries": (
         {"changed": {AT: page_of({3: 0x8067})}, "exits": (READ,)},
         {"changed": {}, "exits": (READ,)},
@@ -403,6 +404,7 @@ OTHER_STEPS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
         {"changed": {AT: page_of({3: 0x8025})}, "exits": (HANDLED,)},
         {"changed": {AT: page_of({3: 0x8005})}, "exits": (HANDLED,)},
     ),
+    "fault that should be a read": ({"exits": (READ,)}, {"exits": (HANDLED,)}),
     "D without a read": ({"changed": {AT: page_of({3: 0x8067})}}, {"changed": {AT: page_of({3: 0x8027})}}),
     "a lost store": ({"changed": {AT: page_of({3: 0x5A})}, "exits": (READ,)}, {"exits": (READ,)}),
 }
