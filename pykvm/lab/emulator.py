@@ -58,6 +58,11 @@ class Emulator(Protocol):
         ...
 
     @property
+    def parameters(self) -> Mapping[str, str]:
+        """Parameters of modules that this emulator needs besides those of the kind."""
+        ...
+
+    @property
     def late(self) -> str:
         """A shell command for /init after the modules, for layers that come on a disk; or empty."""
         ...

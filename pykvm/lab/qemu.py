@@ -7,6 +7,7 @@ under emulation is no more parallel for it.  The wire is a virtio-serial port ba
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -76,6 +77,10 @@ class Qemu:
     @property
     def modules(self) -> tuple[str, ...]:
         return ("virtio_pci", "virtio_console")
+
+    @property
+    def parameters(self) -> Mapping[str, str]:
+        return {}
 
     @property
     def late(self) -> str:

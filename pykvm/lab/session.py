@@ -118,7 +118,7 @@ def run(cache: Cache, emulator: Emulator, spec: RunSpec, sinks: Sinks) -> RunRes
             }
         )
         agent = (sys.executable, "-m", "pykvm.lab.agent", emulator.wire_device)
-        boot_text = boot_file(modules, spec.kind.parameters, agent, emulator.late)
+        boot_text = boot_file(modules, _parameters(spec.kind, emulator), agent, emulator.late)
         last = layers.run(folder.path / "run.cpio", command, boot_text, spec.put)
         boot = Boot(
             folder=folder.path,
@@ -128,6 +128,14 @@ def run(cache: Cache, emulator: Emulator, spec: RunSpec, sinks: Sinks) -> RunRes
             memory=spec.memory or emulator.default_memory,
         )
         return _Session(cache, emulator, spec, sinks, folder, emulator.launch(boot)).run()
+
+
+def _parameters(kind: Kind, emulator: Emulator) -> dict[str, str]:
+    """Module parameters of the kind and of the emulator, by module."""
+    both = dict(kind.parameters)
+    for module, setting in emulator.parameters.items():
+        both[module] = f"{both[module]},{setting}" if module in both else setting
+    return both
 
 
 def _environment(spec: RunSpec, emulator: Emulator) -> dict[str, str]:

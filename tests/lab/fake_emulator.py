@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from pykvm.lab.emulator import Boot, Launch
 from pykvm.lab.kernels import PreparedKernel
@@ -31,6 +32,7 @@ class FakeEmulator:
     slug = "fake"
     wire_device = "/dev/wire"
     modules = ("wire",)
+    parameters: ClassVar[dict[str, str]] = {"kvm": "halt_poll_ns=0", "kvm_amd": "avic=0"}
     late = ""
     default_memory = 1234
 

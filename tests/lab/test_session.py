@@ -256,3 +256,11 @@ def test_whatever_ends_it_nothing_is_left_running(tmp_path: Path, number: signal
     with cache.run_folder() as fresh:
         left = [path for path in fresh.path.parent.iterdir() if path != fresh.path and path.name[0] != "."]
     assert not left, "the next run removes what a killed one left"
+
+
+def test_an_emulator_adds_module_parameters_to_the_kinds() -> None:
+    """Bochs has no working APIC virtualization; what the kind says stays first."""
+    assert session._parameters(kind("amd-shadow"), FakeEmulator("")) == {
+        "kvm": "halt_poll_ns=0",
+        "kvm_amd": "npt=0,avic=0",
+    }
