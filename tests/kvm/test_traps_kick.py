@@ -19,12 +19,15 @@ import pytest
 from pykvm.errors import BusyError, GuestTimeoutError
 from pykvm.kvm import KvmSystem, KvmVcpu
 from pykvm.machine import IoIn, IoOut, Kicked
+from pykvm.memory import PAGE_SIZE
 from tests.patience import patient
 
-from .tiny import COUNT_FOR_EVER, DONE, OUT_FOR_EVER, PORT, SPIN, Runner, Tiny, done, running
+from .tiny import COUNT_FOR_EVER, DATA, DONE, OUT_FOR_EVER, PORT, SPIN, Runner, Tiny, done, running
 
 LIMIT = patient(20)
 """Seconds after which something that should come at once counts as lost."""
+COUNT_IN_MEMORY = bytes.fromhex("48ff07 ebfb")
+"""again: inc qword [rdi]; jmp again"""
 
 
 @pytest.fixture(params=[3, 0], ids=["CPL3", "CPL0"])
@@ -178,12 +181,17 @@ def test_no_exit_gets_lost_under_a_storm_of_kicks(system: KvmSystem) -> None:
 
 
 def test_kick_and_wait_returns_after_the_vcpu_left(guest: Tiny) -> None:
-    guest.load(SPIN)
+    """Left the guest, that is: its thread may still be on its way back, and ``running`` until then."""
     for _ in range(50):
+        guest.load(COUNT_IN_MEMORY, rdi=DATA * PAGE_SIZE)
         with running(guest.vcpu) as runner:
             runner.stop = True
             guest.vcpu.kick(wait=LIMIT)
-            assert not guest.vcpu.running or runner.exits
+            state = getattr(guest.vcpu, "_state", None)  # the model has none
+            assert state is None or not state.kick, "nobody took the kick yet"
+            count = guest.memory.read(DATA * PAGE_SIZE, 8)
+            time.sleep(0.001)
+            assert guest.memory.read(DATA * PAGE_SIZE, 8) == count
             runner.thread.join(LIMIT)
             assert runner.exits == [Kicked()]
 
