@@ -150,7 +150,7 @@ def _vector(rip: int) -> int | None:
     return number if not rest and 0 <= number < 256 else None
 
 
-def _differences(system: KvmSystem, world: World) -> list[str]:
+def _differences(system: KvmSystem, world: World, *, cr4: bool) -> list[str]:
     with ended_on_kvm(system, world) as (exit_, vcpu, memory):
         if isinstance(exit_, InternalError) and emulates_cpl0(system):
             pytest.xfail("KVM cannot emulate it")
@@ -158,6 +158,9 @@ def _differences(system: KvmSystem, world: World) -> list[str]:
         cpu = world.processor(cpuid=vcpu.get_cpuid())
         written = bytes(memory.read(DATA, 16))
     assert cpu.run(1000) == Halted() == exit_
+    if cr4 and not emulates_cpl0(system):
+        # KVM on AMD has the host's MCE in the CR4 that the guest reads (svm_set_cr4), not in KVM_GET_SREGS.
+        theirs[0].rax = theirs[0].rax & ~Cr4.MCE | cpu.get_registers().rax & Cr4.MCE
     found = []
     if _vector(cpu.rip) != _vector(theirs[0].rip):
         found.append(f"vector: model {_vector(cpu.rip)}, KVM {_vector(theirs[0].rip)}")
@@ -184,7 +187,7 @@ def test_model_and_kvm_agree(system: KvmSystem, name: str) -> None:
     bits, code = PROGRAMS[name]
     world = World(bits).code(code + b"\xf4").set(rbx=DATA)
     world.put(DATA, (0x12345678ABCD).to_bytes(10, "little"))
-    found = _differences(system, world)
+    found = _differences(system, world, cr4=" cr4 " in name)
     if found and name in _ON_AMD and not emulates_cpl0(system):
         pytest.xfail(_ON_AMD[name])
     if found and name in _OTHERWISE and emulates_cpl0(system):
