@@ -112,7 +112,8 @@ class Qemu:
             "-device", "virtio-serial-pci", "-chardev", f"file,id=wire,path={_escaped(wire)}",
             "-device", f"virtserialport,chardev=wire,name={_PORT}",
         )  # fmt: skip
-        return Launch(argv, console, wire)
+        # Without this a QEMU loads modules of whatever other version the system has installed.
+        return Launch(argv, console, wire, {"QEMU_MODULE_DIR": str(boot.folder)})
 
 
 def _escaped(path: Path) -> str:
