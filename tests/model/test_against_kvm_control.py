@@ -12,6 +12,7 @@ import pytest
 
 from pykvm.kvm import KvmSystem
 from pykvm.machine.exits import Halted, InternalError
+from pykvm.x86.bits import Cr4
 from tests.model.flow import DATA, HANDLERS, World
 from tests.model.flow_kvm import emulates_cpl0, ended_on_kvm, under_tcg
 
