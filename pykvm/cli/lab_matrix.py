@@ -155,9 +155,7 @@ def command(
             if html_path is not None:
                 write_text(html_path, matrix_page(document))
     if not cells and not failed:
-        raise UsageError(
-            "No cell of the matrix has been run yet; leave --report-only out to run some."
-        )
+        raise UsageError("No cell of the matrix has been run yet; leave --report-only out to run some.")
     _show(session, cells, page, html_path)
     _judge(cells, state, failed, session)
 

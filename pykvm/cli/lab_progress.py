@@ -115,7 +115,8 @@ def summary(results: Iterable[SuiteResult]) -> str:
 
 def judge(results: Sequence[SuiteResult]) -> None:
     """Raise what the exit status is to say: a lab that died first, then one out of time, then failed
-    tests."""
+    tests.
+    """
     for state, error in (("died", LabDiedError), ("timeout", LabTimeoutError), ("broken", PykvmError)):
         for result in results:
             if result.state == state:

@@ -38,7 +38,8 @@ def checkout() -> Path:
 
 def test_paths(root: Path, here: Path, paths: Sequence[str]) -> tuple[str, ...]:
     """``paths`` (files, folders or node ids, as seen from ``here`` or from the checkout) as seen from the
-    checkout; UsageError for what is not there."""
+    checkout; UsageError for what is not there.
+    """
     found = []
     for text in paths:
         name, colons, inner = text.partition("::")

@@ -59,7 +59,8 @@ def _differing(one: bytes, other: bytes) -> Iterator[tuple[int, int]]:
 
 def _read_first(model: int, kvm: int, waited: bool, faulted: bool) -> bool:
     """An error code without W; an entry whose A a read set before the write faulted; or one without D, where
-    the read went to the host."""
+    the read went to the host.
+    """
     if model ^ kvm == PageFault.WR & model:
         return model < _LARGEST_ERROR
     if not model & kvm & Pte.P:

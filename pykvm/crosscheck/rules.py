@@ -124,7 +124,8 @@ def same_exit(one: Exit | None, other: Exit | None) -> bool:
 
 def may_stand(exit: Exit | None, one: Registers, other: Registers) -> bool:
     """Whether the RIPs of a vCPU may differ, its last exit being ``exit``: at what left for the host, or
-    behind it."""
+    behind it.
+    """
     distance = abs(one.rip - other.rip)
     if isinstance(exit, IoOut) and 0 < distance <= _LONGEST_OUT:
         return True

@@ -67,7 +67,8 @@ class SystemCpuid(Extensions):
 
     def get_emulated_cpuid(self) -> tuple[CpuidEntry, ...]:
         """KVM_GET_EMULATED_CPUID (api.rst 4.88, KVM_CAP_EXT_EMUL_CPUID): features KVM emulates though the
-        processor lacks them.  Raises CapabilityError."""
+        processor lacks them.  Raises CapabilityError.
+        """
         self.require(Capability.EXT_EMUL_CPUID, "KVM_GET_EMULATED_CPUID")
         return _read(self, lib.KVM_GET_EMULATED_CPUID, "KVM_GET_EMULATED_CPUID")
 

@@ -2,7 +2,8 @@
 
 ORDER is JSON.  Progress goes to standard output, a JSON object a line; the result goes into the store, so
 nothing is lost with whoever started this.  A process of its own keeps two labs apart, and a signal to it
-cleans up one lab."""
+cleans up one lab.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 One ``testsuite`` for each kernel and kind; ``classname`` and ``name`` as pytest writes them.  Expected
 failures are ``skipped`` elements, as pytest has it, since the format knows no other word; a test that killed
-its lab is an ``error``."""
+its lab is an ``error``.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 A finished cell is a JSON file in the cache, so an interrupted matrix goes on where it was.  A cell says which
 state of the checkout it saw.  When the code that the tests execute has changed since then, the cell is older:
-it is shown as that, and run again when asked for."""
+it is shown as that, and run again when asked for.
+"""
 
 from __future__ import annotations
 

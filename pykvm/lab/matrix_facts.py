@@ -1,5 +1,6 @@
 """What KVM offers per kernel and kind, from ``pykvm info --json`` in the labs, and what changed between
-kernels."""
+kernels.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +77,8 @@ def plain(info: Mapping[str, Any]) -> dict[str, str]:
 
 def facts(cells: Iterable[Saved], series: Sequence[str]) -> dict[str, Any]:
     """``same``: facts with one value wherever they are known; ``differ``: values by series, with the kinds
-    where those differ."""
+    where those differ.
+    """
     known: dict[str, dict[tuple[str, str], str]] = {}
     for cell in cells:
         if cell.result is not None and cell.result.facts:

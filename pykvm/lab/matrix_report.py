@@ -2,7 +2,8 @@
 kernels.
 
 ``report`` makes one document of plain values, which ``markdown`` here and the HTML page in pykvm.report write
-out."""
+out.
+"""
 
 from __future__ import annotations
 

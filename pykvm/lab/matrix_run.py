@@ -69,7 +69,8 @@ def run_tasks(tasks: Sequence[Task], command: Command, jobs: int, watcher: Watch
     """Run all, ``jobs`` at a time, in order.  The cells without a result, as ``6.1 amd-npt``, and why.
 
     Whatever is raised meanwhile (Ctrl-C, too), the cells that run are stopped and their labs gone when it
-    leaves."""
+    leaves.
+    """
     return _Pool(command, watcher).run(list(tasks), jobs)
 
 

@@ -53,7 +53,8 @@ class SuiteResult:
     calls itself. ``collected`` counts the chosen tests (0 if that was never known), ``boots`` the labs that
     were started; ``boot_seconds`` is the time of the last boot to its command, ``seconds`` that of
     everything.  ``problem`` is a sentence unless ``state`` is ``finished``.  ``facts`` is what ``pykvm info
-    --json`` printed in the same boot."""
+    --json`` printed in the same boot.
+    """
 
     series: str
     release: str

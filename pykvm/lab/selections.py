@@ -20,7 +20,8 @@ class Selection:
     """A choice of tests: files, folders or node ids relative to the checkout, and an expression for -k.
 
     ``timeout`` bounds a whole lab and ``test_timeout`` a single test, in seconds under QEMU (``limits`` has
-    those under Bochs).  There the matrix takes the selection ``under_bochs`` instead."""
+    those under Bochs).  There the matrix takes the selection ``under_bochs`` instead.
+    """
 
     name: str
     about: str

@@ -54,7 +54,8 @@ class RunSpec:
     ``timeout`` (seconds) counts from the start of the command, not of the boot.  ``put`` files lie in the
     working folder of the guest, ``out`` is where the files come that the command leaves in $PYKVM_LAB_OUT.
     ``directory`` is the guest's working folder if it is another than /lab/work, ``memory`` is in MiB.  A
-    guest that says nothing for ``silence`` seconds after the command's start is taken for dead."""
+    guest that says nothing for ``silence`` seconds after the command's start is taken for dead.
+    """
 
     kernel: PreparedKernel
     kind: Kind

@@ -3,7 +3,8 @@ it.
 
 The guest runs ``pytest -p tests.lab_plugin``, which sends a record as each test begins and ends
 (tests/lab_plugin.py has the format).  When the guest dies, the test that had begun and not ended is the one
-that killed it: it gets the outcome ``died``, and a new lab runs the rest."""
+that killed it: it gets the outcome ``died``, and a new lab runs the rest.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ def run_suite(
     """Run the tests until each has an outcome, the time is over or the lab died too often.
 
     ``runner`` is ``session.run`` with its cache and emulator.  Raises what ``runner`` raises, but for a lab
-    that died or took too long, which the result tells."""
+    that died or took too long, which the result tells.
+    """
     return _Suite(spec, watcher, runner, clock).run()
 
 
@@ -152,7 +154,8 @@ class _Suite:
         """The lab died: blame the test that ran, and go on if there are not too many deaths.
 
         The diagnosis goes into the result.  The whole sentence names files of this machine, so it is for
-        those who watch and for the test's text."""
+        those who watch and for the test's text.
+        """
         why = error.diagnosis.rstrip(".") or str(error)
         alone = not self.running
         self.died(why, f"{error}\n{self.tail()}")

@@ -137,7 +137,8 @@ def test_kvm_translates_as_the_page_walk_does(system: KvmSystem) -> None:
 @pytest.mark.timeout(1800)
 def test_kvm_translates_as_the_page_walk_does_in_every_case(system: KvmSystem) -> None:
     """The whole product as far as the host goes, at most a million cases spread over it: 391,680 and two to
-    five minutes with 4-level paging and NX alone."""
+    five minutes with 4-level paging and NX alone.
+    """
     runnable = Runnable(Subject.of(system).features)
     step = -(-len(runnable) // 1_000_000)
     seen = check(system, (runnable[number] for number in range(0, len(runnable), step)))

@@ -42,7 +42,8 @@ def run(guest):
 @pytest.fixture
 def paged_without_long_mode(system):
     """Skips where the host cannot run 32-bit paging: found by the plainest paged guest there is, one 4 MiB
-    identity page set up by hand."""
+    identity page set up by hand.
+    """
     with system.create_machine() as machine, GuestMemory(MIB) as memory:
         machine.create_slot(memory, 0)
         memory.write(0x1000, (0x83).to_bytes(4, "little"))  # present, writable, 4 MiB

@@ -156,7 +156,8 @@ def test_msi_is_delivered(guest: Tiny) -> None:
 
 def test_a_processor_that_waits_for_init_is_started(vm: KvmVm) -> None:
     """SDM vol. 3, 8.4.3: INIT, then STARTUP with the page of its first instruction.  Without an INIT a second
-    vCPU waits inside KVM_RUN, which ends with EAGAIN when it comes; the caller never sees that."""
+    vCPU waits inside KVM_RUN, which ends with EAGAIN when it comes; the caller never sees that.
+    """
     vm.create_irqchip()
     with Tiny(vm, vcpus=2) as guest:
         waiting = guest.vcpus[1]

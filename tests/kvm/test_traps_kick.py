@@ -276,7 +276,8 @@ class Alarm(Exception):
 
 def test_a_signal_at_any_moment_reaches_its_python_handler(guest: Tiny) -> None:
     """Also one that arrives between the interpreter's last look and KVM_RUN: its handler runs at once, not
-    when the guest exits some day.  The alarm is aimed at that moment, again and again."""
+    when the guest exits some day.  The alarm is aimed at that moment, again and again.
+    """
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     choose = random.Random(seed)

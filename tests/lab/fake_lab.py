@@ -68,7 +68,8 @@ Step = bytes | BaseException | Callable[[], None]
 
 class FakeLab:
     """Plays one script for each boot: records to send, things to do, and an exception or a status to end
-    with."""
+    with.
+    """
 
     def __init__(self, *boots: list[Any], boot_seconds: float = 9.5) -> None:
         self.boots = list(boots)

@@ -25,7 +25,8 @@ def under_tcg(
     names: Iterable[str], bugs: Mapping[str, str], fatal: Mapping[str, str] | None = None
 ) -> list[object]:
     """The names as parameters: those in ``bugs`` may fail where QEMU's TCG is the processor, and those in
-    ``fatal`` are not run there, since they end or hang the host."""
+    ``fatal`` are not run there, since they end or hang the host.
+    """
     fatal = fatal or {}
     assert {*bugs, *fatal} <= set(names), sorted({*bugs, *fatal} - set(names))
     marks = {name: pytest.mark.emulator_bug(QEMU_TCG, why) for name, why in bugs.items()}
