@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from pykvm.errors import HostError
-from pykvm.lab import tether
+from pykvm.lab.tether import tethered
 
 SUITES: Final[Mapping[str, tuple[str, ...]]] = {
     "bookworm": ("bookworm", "bookworm-security"),
@@ -207,7 +206,7 @@ def run(
     name = Path(command[0]).name
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as problems:
         process = subprocess.Popen(
-            (sys.executable, "-IS", tether.__file__, str(os.getpid()), *command),
+            tethered(command),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=problems,

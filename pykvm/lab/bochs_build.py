@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Final
 from pykvm.errors import HostError
 from pykvm.lab.archive import Archive
 from pykvm.lab.cache import Cache, remove
+from pykvm.lab.tether import tethered
 
 Note = Callable[[str], None]
 Watch = Callable[[], None]
@@ -178,7 +178,7 @@ def prepare(cache: Cache, note: Note, archive: Archive | None = None) -> Built:
     def make(scratch: Path) -> None:
         _build(cache.folder("tools") / f".{target.name}.work", scratch, archive or Archive(cache, note), note)
 
-    cache.provide(target, make)
+    cache.provide(target, make, note)
     return Built(target)
 
 
@@ -253,7 +253,7 @@ def _run(
     log = folder.parent / f"{Path(command[0]).name}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            (sys.executable, "-m", "pykvm.lab.tether", str(os.getpid()), *command),
+            tethered(command),
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from pykvm.lab.matrix import Task
 from pykvm.lab.results import Case, GarbledResult, case_from_json
+from pykvm.lab.tether import tethered
 
 _GRACE = 20.0  # seconds that a cell has to end its lab when it is told to stop
 _CHUNK = 1 << 16
@@ -59,8 +60,7 @@ def cell_command(order: Callable[[Task], dict[str, str]]) -> Command:
     python = (sys.executable, "-P", "-m")
 
     def command(task: Task) -> Sequence[str]:
-        tether = (*python, "pykvm.lab.tether", str(os.getpid()))
-        return (*tether, *python, "pykvm.lab.cell", json.dumps(order(task)))
+        return tethered((*python, "pykvm.lab.cell", json.dumps(order(task))))
 
     return command
 

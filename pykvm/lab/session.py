@@ -30,6 +30,7 @@ from pykvm.lab.emulator import Boot, Emulator, Launch
 from pykvm.lab.init import boot_file
 from pykvm.lab.kernels import PreparedKernel
 from pykvm.lab.kinds import Kind
+from pykvm.lab.tether import tethered
 from pykvm.lab.toolbox import busybox
 
 _POLL = 0.02  # seconds between two looks at the wire
@@ -180,7 +181,7 @@ class _Session:
         errors = self._folder.path / "emulator.log"
         with errors.open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "pykvm.lab.tether", str(os.getpid()), *self._launch.argv],
+                tethered(self._launch.argv),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

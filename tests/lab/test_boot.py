@@ -91,7 +91,8 @@ def test_files_go_in_and_come_back(own_cache: Path, tmp_path: Path) -> None:
     )
     out = tmp_path / "out"
     done = run(
-        "--kernel", "6.1", "--put", str(tmp_path / "script.py"), "--out", str(out), "--", "python", "script.py"
+        "--kernel", "6.1", "--put", str(tmp_path / "script.py"), "--out", str(out),
+        "--", "python", "script.py",
     )  # fmt: skip
     assert done.returncode == 41
     assert (out / "answer").read_text() == "amd-npt"

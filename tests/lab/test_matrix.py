@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import struct
 import subprocess
@@ -29,6 +28,7 @@ from pykvm.lab.matrix import Again, Saved, State, Store, Task, plan, why_not_off
 from pykvm.lab.matrix_run import cell_command, run_tasks
 from pykvm.lab.results import Case, GarbledResult, SuiteResult
 from pykvm.lab.selections import selection
+from pykvm.lab.tether import tethered
 from tests.lab.fake_lab import FakeLab, end, ran, session
 
 NOW = State("f" * 16, "abc")
@@ -437,11 +437,8 @@ def test_a_cell_that_does_not_listen_is_killed(monkeypatch: pytest.MonkeyPatch, 
 
 def test_a_cells_command_is_tethered_and_carries_its_order(tmp_path: Path) -> None:
     command = cell_command(lambda item: {"release": item.kernel.release})(task("6.1"))
-    python = (sys.executable, "-P", "-m")
-    assert command == (
-        *(*python, "pykvm.lab.tether", str(os.getpid())),
-        *(*python, "pykvm.lab.cell", '{"release": "6.1"}'),
-    )
+    cell = (sys.executable, "-P", "-m", "pykvm.lab.cell", '{"release": "6.1"}')
+    assert command == tethered(cell)
 
 
 def test_a_real_cell_process_says_why_it_cannot(tmp_path: Path) -> None:
@@ -456,9 +453,9 @@ def test_a_cell_dies_with_whoever_started_it(tmp_path: Path) -> None:
         f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
     )
     parent = f"""
-        import os, subprocess, sys, time
-        tether = [sys.executable, "-m", "pykvm.lab.tether", str(os.getpid())]
-        subprocess.Popen([*tether, sys.executable, "-c", {child!r}])
+        import subprocess, sys, time
+        from pykvm.lab.tether import tethered
+        subprocess.Popen(tethered([sys.executable, "-c", {child!r}]))
         time.sleep(60)
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(parent)])

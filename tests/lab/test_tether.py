@@ -9,11 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from pykvm.lab import tether
+
 PARENT = """
 import os, subprocess, sys
-child = subprocess.Popen(
-    [sys.executable, "-m", "pykvm.lab.tether", str(os.getpid()), "sleep", "60"], start_new_session=True
-)
+from pykvm.lab.tether import tethered
+child = subprocess.Popen(tethered(["sleep", "60"]), start_new_session=True)
 print(child.pid, flush=True)
 child.wait()
 """
@@ -49,9 +52,23 @@ def test_it_dies_with_a_parent_that_was_killed() -> None:
 
 def test_it_does_not_start_for_a_parent_that_is_gone() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pykvm.lab.tether", "1", "echo", "started"],
+        [sys.executable, tether.__file__, "1", "echo", "started"],
         capture_output=True,
         timeout=30,
         check=False,
     )
     assert done.stdout == b""
+
+
+def test_modules_of_the_folder_that_it_starts_in_are_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``pykvm lab run`` works in a folder that has a signal.py or a pykvm of its own."""
+    (tmp_path / "signal.py").write_text("raise SystemExit(9)")
+    (tmp_path / "pykvm").mkdir()
+    (tmp_path / "pykvm" / "__init__.py").write_text("raise SystemExit(9)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = subprocess.run(
+        tether.tethered(["echo", "started"]), cwd=tmp_path, capture_output=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, b"started\n")
