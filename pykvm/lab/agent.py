@@ -100,8 +100,10 @@ def run_command(command: Mapping[str, Any], send: Callable[[Frame, bytes], None]
         )
     except OSError as error:
         os.close(records)
-        what = error.filename or command["argv"][0]
-        send(Frame.STDERR, f"pykvm lab: cannot run {what}: {error.strerror}\n".encode())
+        what = f"cannot run '{command['argv'][0]}'"
+        if error.filename == command["directory"]:
+            what = f"cannot start in '{error.filename}'"
+        send(Frame.STDERR, os.fsencode(f"pykvm lab: {what}: {error.strerror}\n"))
         return 127 if error.errno == errno.ENOENT else 126
     finally:
         os.close(records_end)
@@ -167,12 +169,15 @@ class _FramedFile(io.RawIOBase):
 
 
 def send_files(folder: Path, send: Callable[[Frame, bytes], None]) -> None:
-    """What is below ``folder``, as a tar stream; nothing if it is empty."""
+    """What is below ``folder``, as a tar stream; nothing if it is empty.
+
+    Pipes and devices are left out, since the host would refuse the whole stream for one of them.
+    """
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     with gzip.GzipFile(fileobj=_FramedFile(send), mode="wb", compresslevel=1) as packed:
         with tarfile.open(mode="w|", fileobj=packed) as archive:
-            archive.add(folder, arcname=".")
+            archive.add(folder, arcname=".", filter=lambda entry: None if entry.isdev() else entry)
 
 
 def main(device: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shlex
 import subprocess
 import sys
@@ -65,7 +66,16 @@ def test_commands_that_cannot_start(tmp_path: Path) -> None:
     assert agent.run_command(command(tmp_path, str(plain)), sent) == 126
     sent = Sent()
     assert agent.run_command(command(tmp_path, "true", directory="/no/such/folder"), sent) == 127
-    assert b"/no/such/folder" in sent.of(Frame.STDERR)
+    assert b"cannot start in '/no/such/folder'" in sent.of(Frame.STDERR)
+
+
+@pytest.mark.parametrize(("name", "told"), [(b"\xff", b"cannot run '\xff'"), (b"", b"cannot run ''")])
+def test_a_name_that_is_no_text_is_a_command_that_cannot_start(
+    tmp_path: Path, name: bytes, told: bytes
+) -> None:
+    sent = Sent()
+    assert agent.run_command(command(tmp_path, os.fsdecode(name)), sent) in (126, 127)
+    assert told in sent.of(Frame.STDERR)
 
 
 def test_a_child_that_holds_the_pipes_does_not_keep_the_lab_up(tmp_path: Path) -> None:
@@ -86,6 +96,18 @@ def test_files_come_as_a_tar(tmp_path: Path) -> None:
         file = archive.extractfile("./deep/file")
         assert file is not None
         assert file.read() == b"contents"
+
+
+def test_pipes_among_the_files_are_left_out(tmp_path: Path) -> None:
+    """The host's tar filter would refuse everything for one of them."""
+    out = tmp_path / "out"
+    out.mkdir()
+    os.mkfifo(out / "pipe")
+    (out / "file").touch()
+    sent = Sent()
+    agent.send_files(out, sent)
+    with tarfile.open(fileobj=io.BytesIO(sent.of(Frame.FILES))) as archive:
+        assert archive.getnames() == [".", "./file"]
 
 
 def test_the_wire_carries_frames(tmp_path: Path) -> None:
