@@ -46,6 +46,18 @@ def _state(files: Iterable[Path]) -> str:
     return _digest(*lines)
 
 
+def _environment() -> tuple[list[Path], str]:
+    """The environment's files and their state; HostError if this user cannot read them."""
+    try:
+        files = environment.python_files()
+        return files, _state(files)
+    except OSError as error:
+        raise HostError(
+            f"A lab gets a copy of this Python, and {error.filename} cannot be read ({error.strerror}); "
+            "use an interpreter that your user can read."
+        ) from None
+
+
 def base(
     cache: Cache, kernel: PreparedKernel, busybox: Path, wanted: Sequence[str]
 ) -> tuple[Path, tuple[str, ...]]:
@@ -87,8 +99,8 @@ def _applets(busybox: Path) -> list[str]:
 
 def python(cache: Cache) -> Path:
     """The layer with the environment that runs now."""
-    files = environment.python_files()
-    target = cache.folder("layers") / f"python-{_state(files)}.cpio"
+    files, state = _environment()
+    target = cache.folder("layers") / f"python-{state}.cpio"
 
     def make(scratch: Path) -> None:
         with scratch.open("wb") as output, CpioWriter(output) as archive:

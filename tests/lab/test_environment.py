@@ -159,3 +159,14 @@ def test_the_loader_is_read_from_the_program(tmp_path: Path) -> None:
     assert found in listed
     (tmp_path / "script").write_text("#!/bin/sh\n")
     assert elf.loader(tmp_path / "script") is None
+
+
+def test_an_interpreter_that_cannot_be_read_is_said_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused() -> list[Path]:
+        raise PermissionError(13, "Permission denied", "/root/python3")
+
+    monkeypatch.setattr(environment, "python_files", refused)
+    with pytest.raises(HostError, match=r"/root/python3 cannot be read \(Permission denied\)"):
+        layers.python(Cache(tmp_path))
