@@ -34,9 +34,14 @@ def install(guest: Tiny, vectors: Iterable[int], vcpu: KvmVcpu | None = None) ->
         each.set_special_registers(special)
 
 
-def run_soon(vcpu: KvmVcpu, seconds: float = 5) -> Exit:
+def run_soon(vcpu: KvmVcpu) -> Exit:
     """``run`` of a guest that should exit at once; Kicked if it does not."""
-    timer = threading.Timer(patient(seconds), vcpu.kick)
+    return run_for(vcpu, patient(5))
+
+
+def run_for(vcpu: KvmVcpu, seconds: float) -> Exit:
+    """``run`` to the next exit, or Kicked after that time."""
+    timer = threading.Timer(seconds, vcpu.kick)
     timer.start()
     try:
         return vcpu.run()
