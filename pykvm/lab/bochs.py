@@ -61,10 +61,6 @@ class Bochs:
         return {"kvm_intel": "enable_apicv=0"}
 
     @property
-    def late(self) -> str:
-        return ""
-
-    @property
     def default_memory(self) -> int:
         return LARGEST_MEMORY
 

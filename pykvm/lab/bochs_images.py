@@ -8,13 +8,13 @@ ACPI and PCI, jumps to the kernel.
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pykvm.errors import HostError, UsageError
+from pykvm.lab.cpio import join
 
 SETUP_AT = 0x90000
 COMMAND_LINE_AT = 0x9E000
@@ -88,25 +88,6 @@ def setup(head: bytearray, command_line: str, layers_at: int, layers_size: int) 
     struct.pack_into("<H", head, 0x224, _HEAP_END - 0x200)
     struct.pack_into("<I", head, 0x228, COMMAND_LINE_AT)
     return bytes(head).ljust(COMMAND_LINE_AT - SETUP_AT, b"\0") + text
-
-
-def join(layers: Sequence[Path], target: Path) -> int:
-    """All layers in one file, each aligned to 4 bytes as the kernel wants them; returns its size."""
-    with target.open("wb") as output:
-        for layer in layers:
-            with layer.open("rb") as source:
-                left = os.fstat(source.fileno()).st_size
-                while left:
-                    done = os.sendfile(output.fileno(), source.fileno(), None, left)
-                    if done == 0:
-                        raise HostError(
-                            "A layer of the lab shrank while it was read; run 'pykvm lab clean --layers'."
-                        )
-                    left -= done
-            output.seek(0, os.SEEK_END)
-            output.write(bytes(-output.tell() % 4))
-            output.flush()
-        return output.tell()
 
 
 def write(

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import BinaryIO, Self
+
+from pykvm.errors import HostError
 
 _TRAILER = "TRAILER!!!"
 _LARGEST = 0xFFFF_FFFF
@@ -103,3 +106,26 @@ class CpioWriter:
         self._output.write(head + b"\0" * (-len(head) % 4))
         self._output.write(data)
         self._output.write(b"\0" * (-len(data) % 4))
+
+
+def join(archives: Iterable[Path], target: Path) -> int:
+    """All archives in one file, each at a multiple of four bytes as the kernel wants them; returns its size.
+
+    HostError if one becomes shorter meanwhile.
+    """
+    with target.open("wb") as output:
+        for archive in archives:
+            with archive.open("rb") as source:
+                left = os.fstat(source.fileno()).st_size
+                while left:
+                    done = os.sendfile(output.fileno(), source.fileno(), None, left)
+                    if done == 0:
+                        raise HostError(
+                            "A layer of the lab became shorter while it was read; "
+                            "run 'pykvm lab clean --layers'."
+                        )
+                    left -= done
+            output.seek(0, os.SEEK_END)
+            output.write(bytes(-output.tell() % 4))
+            output.flush()
+        return output.tell()

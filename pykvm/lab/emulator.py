@@ -54,17 +54,12 @@ class Emulator(Protocol):
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Kernel modules that the guest needs for the wire and for its layers."""
+        """Kernel modules that the guest needs for the wire."""
         ...
 
     @property
     def parameters(self) -> Mapping[str, str]:
         """Parameters of modules that this emulator needs besides those of the kind."""
-        ...
-
-    @property
-    def late(self) -> str:
-        """A shell command for /init after the modules, for layers that come on a disk; or empty."""
         ...
 
     @property

@@ -23,14 +23,12 @@ mount -t tmpfs run /run
 ln -sf /proc/self/fd /dev/fd
 ifconfig lo up
 hostname lab
-[ -x /lab/early ] && /lab/early
 . /lab/boot
 for entry in $MODULES; do
     name=${entry%%:*}
     parameters=$(echo "${entry#*:}" | tr , ' ')
     insmod /lab/modules/$name.ko $parameters || echo "pykvm: insmod $name failed"
 done
-[ -n "$LATE" ] && sh -c "$LATE"
 rm -rf /lab/modules
 eval "$AGENT"
 echo "pykvm: the agent ended with $?"
@@ -56,13 +54,8 @@ BASE_FILES: Mapping[str, tuple[str, int]] = {
 }
 
 
-def boot_file(
-    modules: Sequence[str], parameters: Mapping[str, str], agent: Sequence[str], late: str = ""
-) -> str:
-    """The text of /lab/boot: modules in load order with their parameters (``a=1,b=2``), the agent's command.
-
-    ``late`` is a shell command between the modules and the agent, for layers that come on a disk.
-    """
+def boot_file(modules: Sequence[str], parameters: Mapping[str, str], agent: Sequence[str]) -> str:
+    """The text of /lab/boot: modules in load order with parameters (``a=1,b=2``), the agent's command."""
     entries = [f"{name}:{parameters.get(name, '')}" for name in modules]
-    values = {"MODULES": " ".join(entries), "LATE": late, "AGENT": shlex.join(agent)}
+    values = {"MODULES": " ".join(entries), "AGENT": shlex.join(agent)}
     return "".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items())

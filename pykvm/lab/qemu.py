@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pykvm.errors import HostError
+from pykvm.lab.cpio import join
 from pykvm.lab.emulator import Boot, Launch
 from pykvm.lab.kinds import Kind, Vendor
 
@@ -83,10 +83,6 @@ class Qemu:
         return {}
 
     @property
-    def late(self) -> str:
-        return ""
-
-    @property
     def boot_timeout(self) -> float:
         return 180.0
 
@@ -97,10 +93,7 @@ class Qemu:
     def launch(self, boot: Boot) -> Launch:
         """QEMU takes one initrd, so the layers are joined in the run's folder."""
         initrd, console, wire = (boot.folder / name for name in ("initrd", "console.log", "wire"))
-        with initrd.open("wb") as output:
-            for layer in boot.layers:
-                with layer.open("rb") as source:
-                    _copy(source.fileno(), output.fileno())
+        join(boot.layers, initrd)
         wire.touch()
         processor = "host" if self.accel == "kvm" else "max,+svm"
         argv = (
@@ -119,15 +112,3 @@ class Qemu:
 def _escaped(path: Path) -> str:
     """A path within a comma-separated option."""
     return str(path).replace(",", ",,")
-
-
-def _copy(source: int, target: int) -> None:
-    """All of a file at the end of another; by reflink or in the kernel where the file system can."""
-    left = os.fstat(source).st_size
-    while left:
-        done = os.sendfile(target, source, None, left)
-        if done == 0:
-            raise HostError(
-                "A layer of the lab became shorter while it was read; run 'pykvm lab clean --layers'."
-            )
-        left -= done

@@ -120,7 +120,7 @@ def run(cache: Cache, emulator: Emulator, spec: RunSpec, sinks: Sinks) -> RunRes
             }
         )
         agent = (sys.executable, "-m", "pykvm.lab.agent", emulator.wire_device)
-        boot_text = boot_file(modules, _parameters(spec.kind, emulator), agent, emulator.late)
+        boot_text = boot_file(modules, _parameters(spec.kind, emulator), agent)
         last = layers.run(folder.path / "run.cpio", command, boot_text, spec.put)
         boot = Boot(
             folder=folder.path,

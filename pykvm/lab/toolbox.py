@@ -10,7 +10,6 @@ import json
 import os
 import re
 import stat
-import struct
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from pykvm.errors import HostError
+from pykvm.lab import elf
 from pykvm.lab.archive import Archive
 from pykvm.lab.cache import Cache, Note, remove
 
@@ -62,7 +62,6 @@ _QEMU_FIRMWARE: Final = (
     "keymaps",
 )
 _VERSION = re.compile(r"version (\d+(?:\.\d+)+)")
-_PT_INTERP: Final = 3
 
 
 @dataclass(frozen=True)
@@ -224,18 +223,10 @@ def prepare_busybox(cache: Cache, archive: Archive, note: Note) -> Tool:
 
 
 def _is_dynamic(program: Path) -> bool:
-    """Whether an ELF64 file names a dynamic linker; HostError if it cannot be read."""
+    """Whether the program names a dynamic linker; HostError if it cannot be read."""
     try:
-        with program.open("rb") as file:
-            head = file.read(64)
-            if len(head) < 64 or not head.startswith(b"\x7fELF\x02"):
-                return False
-            (at,) = struct.unpack_from("<Q", head, 32)
-            size, count = struct.unpack_from("<HH", head, 54)
-            file.seek(at)
-            table = file.read(size * count)
+        return elf.loader(program) is not None
     except OSError as error:
         raise HostError(
             f"{program} cannot be read ({error.strerror}); run 'pykvm lab clean --tools' and try again."
         ) from None
-    return any(struct.unpack_from("<I", table, size * number)[0] == _PT_INTERP for number in range(count))

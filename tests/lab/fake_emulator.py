@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +32,6 @@ class FakeEmulator:
     wire_device = "/dev/wire"
     modules = ("wire",)
     parameters: ClassVar[dict[str, str]] = {"kvm": "halt_poll_ns=0", "kvm_amd": "avic=0"}
-    late = ""
     default_memory = 1234
 
     def launch(self, boot: Boot) -> Launch:
@@ -49,8 +47,3 @@ def kernel(folder: Path, *, enforce: bool = False) -> PreparedKernel:
     """A kernel without contents."""
     (folder / "modules").mkdir(parents=True, exist_ok=True)
     return PreparedKernel("9.9", "9.9.1-cloud", folder / "vmlinuz", folder / "modules", enforce)
-
-
-def parameters(**values: dict[str, str]) -> str:
-    """Source text for ``ready(...)``."""
-    return ", ".join(f"{name}={json.dumps(value)}" for name, value in values.items())

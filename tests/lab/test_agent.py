@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import shlex
 import subprocess
 import sys
 import tarfile
@@ -125,7 +124,7 @@ def test_the_wire_carries_frames(tmp_path: Path) -> None:
 def test_boot_values_survive_the_shell(tmp_path: Path) -> None:
     """/init reads modules, parameters and the agent's command line back as they were meant."""
     arguments = ("/path with space/python", "-m", "agent", "it's $HOME", "/dev/vport0p1")
-    text = boot_file(["virtio", "kvm", "kvm_amd"], {"kvm_amd": "npt=0,nested=1"}, arguments, "echo late")
+    text = boot_file(["virtio", "kvm", "kvm_amd"], {"kvm_amd": "npt=0,nested=1"}, arguments)
     (tmp_path / "boot").write_text(text)
     loop = INIT[INIT.index("for entry") : INIT.index("rm -rf /lab/modules")]
     script = (
@@ -137,10 +136,8 @@ def test_boot_values_survive_the_shell(tmp_path: Path) -> None:
         "/lab/modules/virtio.ko",
         "/lab/modules/kvm.ko",
         "/lab/modules/kvm_amd.ko npt=0 nested=1",
-        "late",
         *(f"<{one}>" for one in arguments),
     ]
-    assert shlex.join(arguments) in text or "it" in text
 
 
 def test_init_is_a_shell_script() -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pykvm.lab.cpio import CpioWriter
+from pykvm.errors import HostError
+from pykvm.lab.cpio import CpioWriter, join
 from tests.lab import newc
 
 
@@ -87,3 +88,19 @@ def test_an_archive_that_failed_has_no_end() -> None:
     with pytest.raises(KeyError):
         fail()
     assert b"TRAILER!!!" not in output.getvalue()
+
+
+def test_joined_archives_begin_where_the_kernel_looks(tmp_path: Path) -> None:
+    first, second, target = (tmp_path / name for name in ("first", "second", "target"))
+    first.write_bytes(b"base!")
+    second.write_bytes(b"python layer")
+    assert join([first, second], target) == 20
+    assert target.read_bytes() == b"base!\0\0\0python layer"
+
+
+def test_an_archive_that_shrinks_is_no_endless_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = tmp_path / "layer"
+    layer.write_bytes(b"1234")
+    monkeypatch.setattr(os, "sendfile", lambda *arguments: 0)
+    with pytest.raises(HostError, match="clean --layers"):
+        join([layer], tmp_path / "target")

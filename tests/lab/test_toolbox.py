@@ -19,7 +19,7 @@ from tests.lab.fake_archive import FakeArchive, package
 def elf(kind: int) -> bytes:
     """An ELF64 header with one program header of this kind."""
     head = bytearray(64)
-    head[:5] = b"\x7fELF\x02"
+    head[:6] = b"\x7fELF\x02\x01"
     struct.pack_into("<Q", head, 32, 64)
     struct.pack_into("<HH", head, 54, 56, 1)
     return bytes(head) + struct.pack("<I", kind) + bytes(52)
