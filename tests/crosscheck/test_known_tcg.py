@@ -98,6 +98,8 @@ BUGS = (
         FX_DONE,
         (FX_RAX,),
     ),
+    Bug("MMX state", case("0f77", FX), FX_DONE, replace(FX_DONE, floating=TOP), (FX_RAX,)),
+    Bug("SSE arithmetic", case("660f2e01", FX), refused(Vector.XM), FX_DONE, (refused(Vector.UD),)),
     Bug(
         "SSE arithmetic",
         case("f20f5dc5", FX),

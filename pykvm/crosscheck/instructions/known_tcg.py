@@ -21,7 +21,7 @@ _MANDATORY: Final = {0x66, 0xF2, 0xF3}
 
 _LONGEST_OPERAND: Final = 64
 _ARITHMETIC: Final = {
-    *(bytes([0x0F, code]) for code in (*range(0x51, 0x60), 0x2A, 0x2C, 0x2D, 0x7C, 0x7D, 0xC2, 0xD0, 0xE6)),
+    *(bytes([0x0F, code]) for code in (*range(0x51, 0x60), *range(0x2A, 0x30), 0x7C, 0x7D, 0xC2, 0xD0, 0xE6)),
     *(bytes([0x0F, 0x3A, code]) for code in (*range(0x08, 0x0C), 0x40, 0x41)),
 }
 """SSE arithmetic, comparisons, rounding and conversions."""
@@ -68,13 +68,14 @@ def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> 
     "emulator: QEMU's TCG enters MMX state before an operand faults",
     "tcg",
     "TOP is 0 and all tags are valid after an MMX instruction that did not happen, and after a CVTPI2PS that "
-    "reads memory",
+    "reads memory; EMMS leaves TOP as it was",
 )
 def _(case: InstructionCase, opcode: Opcode, model: Outcome, other: Outcome) -> bool:
     faulted = model.vector is not None and opcode.code[0] == 0x0F
     converted = opcode.code == b"\x0f\x2a" and opcode.modrm < 0xC0  # CVTPI2PS: no MMX register is read
+    emptied = opcode.code == b"\x0f\x77"  # EMMS
     plain = _MANDATORY.isdisjoint(opcode.prefixes)
-    return plain and (faulted or converted) and _same_but_floating(model, other)
+    return plain and (faulted or converted or emptied) and _same_but_floating(model, other)
 
 
 @known("emulator: QEMU's TCG does not set MXCSR.DE", "tcg", "no SSE instruction reports a denormal operand")
