@@ -62,7 +62,10 @@ class CpioWriter:
         self._add(name, stat.S_IFCHR | mode, b"", 0, (major, minor))
 
     def copy(self, source: Path, name: str | None = None) -> None:
-        """A file, folder (without what is in it) or link of this machine; other kinds are left out."""
+        """A file, folder (without what is in it) or link of this machine; other kinds are left out.
+
+        ValueError for a file that is too large for the format.
+        """
         name = str(source) if name is None else name
         found = source.lstat()
         mode = stat.S_IMODE(found.st_mode)
@@ -71,6 +74,7 @@ class CpioWriter:
         elif stat.S_ISDIR(found.st_mode):
             self.folder(name, mode)
         elif stat.S_ISREG(found.st_mode):
+            _check_size(name, found.st_size)  # before it is read into memory
             self.file(name, source.read_bytes(), mode, int(found.st_mtime))
 
     def _add(self, name: str, mode: int, data: bytes, mtime: int, device: tuple[int, int] = (0, 0)) -> None:
@@ -84,8 +88,7 @@ class CpioWriter:
         self._entry(name, mode, data, mtime, device)
 
     def _entry(self, name: str, mode: int, data: bytes, mtime: int, device: tuple[int, int]) -> None:
-        if len(data) > _LARGEST:
-            raise ValueError(f"{name}: a file of 4 GiB or more does not fit the format")
+        _check_size(name, len(data))
         encoded = os.fsencode(name) + b"\0"
         self._inode += 1
         fields = (
@@ -106,6 +109,11 @@ class CpioWriter:
         self._output.write(head + b"\0" * (-len(head) % 4))
         self._output.write(data)
         self._output.write(b"\0" * (-len(data) % 4))
+
+
+def _check_size(name: str, size: int) -> None:
+    if size > _LARGEST:
+        raise ValueError(f"{name}: a file of 4 GiB or more does not fit the format")
 
 
 def join(archives: Iterable[Path], target: Path) -> int:

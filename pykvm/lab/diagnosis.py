@@ -46,6 +46,13 @@ _RULES = (
         "the guest ran out of memory; give it more with --memory",
     ),
     _rule(
+        "memory",
+        r"cannot set up guest memory",
+        "this machine has less memory free than it was to have; give it less with --memory",
+        "qemu-tcg",
+        "qemu-kvm",
+    ),
+    _rule(
         "emulator",
         # Bochs calls it a panic, too, when the guest switches itself off or resets itself.
         r">>PANIC<< (?!ACPI control: soft power off|the guest was reset)(?P<detail>.*)",
@@ -74,6 +81,13 @@ _RULES = (
     _rule("kernel", r"Kernel panic - not syncing: (?P<detail>[^\n\r]*)", "its kernel panicked: {detail}"),
     _rule("kernel", r"BUG: (?P<detail>[^\n\r]*)", "its kernel reported a bug: {detail}"),
     _rule("kernel", r"general protection fault[^\n\r]*", "its kernel met a general protection fault"),
+    _rule(
+        "unknown",
+        r"qemu-system-x86_64: (?!warning: )(?P<detail>[^\n\r]+)",
+        "QEMU ended with the words '{detail}'",
+        "qemu-tcg",
+        "qemu-kvm",
+    ),
 )
 _KVM_FRAME = re.compile(r"\b(?:kvm|svm|vmx|tdp_mmu|mmu_)\w*\+0x|\[kvm(?:_amd|_intel)?\]")
 

@@ -10,6 +10,7 @@ A layer's name is a digest of what went into it (paths, sizes, times), so a chan
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -34,14 +35,17 @@ _FORMAT = "1"  # counts up when a layer is written differently
 
 
 def _digest(*parts: object) -> str:
-    return hashlib.sha256("\0".join(map(str, (_FORMAT, *parts))).encode()).hexdigest()[:20]
+    return hashlib.sha256(os.fsencode("\0".join(map(str, (_FORMAT, *parts))))).hexdigest()[:20]
 
 
 def _state(files: Iterable[Path]) -> str:
     """Changes whenever a file comes, goes, grows or is written."""
     lines = []
     for path in files:
-        found = path.lstat()
+        try:
+            found = path.lstat()
+        except FileNotFoundError:
+            continue  # an editor's or a compiler's scratch file, gone since it was listed
         lines.append(f"{path}\t{found.st_size}\t{found.st_mtime_ns}\t{found.st_mode}")
     return _digest(*lines)
 
@@ -129,7 +133,8 @@ def project(cache: Cache) -> Path | None:
 def _add_all(archive: CpioWriter, files: Sequence[Path]) -> None:
     """All files, and bytecode for sources that have none, since an emulated processor compiles slowly."""
     for path in files:
-        archive.copy(path)
+        with contextlib.suppress(FileNotFoundError):  # as in _state
+            archive.copy(path)
     with tempfile.TemporaryDirectory() as scratch:
         compiled = Path(scratch, "compiled.pyc")
         for path in files:
@@ -140,29 +145,37 @@ def _add_all(archive: CpioWriter, files: Sequence[Path]) -> None:
                 continue
             try:
                 py_compile.compile(str(path), str(compiled), dfile=str(path), doraise=True)
-            except (py_compile.PyCompileError, ValueError):
-                continue  # templates and samples that are not meant to compile
+            except (py_compile.PyCompileError, ValueError, FileNotFoundError):
+                continue  # templates and samples that are not meant to compile, and what is gone again
             archive.file(name, compiled.read_bytes())
 
 
 def run(target: Path, command: str, boot: str, put: Sequence[Path]) -> Path:
-    """The layer of one run: ``command`` (JSON for the agent), ``boot`` (for /init), the ``put`` files."""
+    """The layer of one run: ``command`` (JSON for the agent), ``boot`` (for /init), the ``put`` files.
+
+    Raises UsageError for what cannot be put there, OSError if ``target`` cannot be written.
+    """
     names: set[str] = set()
     with target.open("wb") as output, CpioWriter(output) as archive:
         archive.folder(WORK)
         archive.folder(OUT)
         archive.file(COMMAND, command.encode())
-        archive.file(BOOT, boot.encode())
-        for source in put:
-            source = source.absolute()
-            if not source.exists():
-                raise UsageError(f"--put {source}: there is no such file.")
+        archive.file(BOOT, os.fsencode(boot))
+        for given in put:
+            source = Path(os.path.abspath(given))  # '..' has a name of its own then
+            if not (source.is_file() or (source.is_dir() and source.name)):
+                raise UsageError(f"--put {given}: there is no such file or folder.")
             if source.name in names:
                 raise UsageError(
                     f"--put: two files named {source.name} would overwrite each other in the lab."
                 )
             names.add(source.name)
-            _add_tree(archive, source, f"{WORK}/{source.name}")
+            try:
+                _add_tree(archive, source, f"{WORK}/{source.name}")
+            except (PermissionError, FileNotFoundError) as error:
+                raise UsageError(f"--put {given}: cannot read {error.filename} ({error.strerror}).") from None
+            except ValueError as error:
+                raise UsageError(f"--put {given}: {error}.") from None
     return target
 
 
@@ -170,8 +183,12 @@ def _add_tree(archive: CpioWriter, source: Path, name: str) -> None:
     if not source.is_dir():
         archive.copy(source.resolve(), name)
         return
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     archive.folder(name)
-    for above, folders, files in os.walk(source):
+    for above, folders, files in os.walk(source, onerror=refuse):
         inside = f"{name}/{Path(above).relative_to(source)}".removesuffix("/.")
         for entry in (*folders, *files):
             archive.copy(Path(above, entry), f"{inside}/{entry}")

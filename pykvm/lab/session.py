@@ -8,8 +8,10 @@ folder removed when ``run`` is left.  If this process itself is killed, the emul
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from pykvm.errors import LabDiedError, LabError, LabTimeoutError, UsageError
+from pykvm.errors import HostError, LabDiedError, LabError, LabTimeoutError, UsageError
 from pykvm.lab import layers
 from pykvm.lab.cache import Cache, RunFolder
 from pykvm.lab.channel import BrokenStream, Decoder, Frame
@@ -100,16 +102,20 @@ def run(cache: Cache, emulator: Emulator, spec: RunSpec, sinks: Sinks) -> RunRes
     """Boot, run the command, return its status.
 
     Raises LabTimeoutError if it takes longer than it may, LabDiedError if the lab ends before it,
-    UsageError for a file that cannot be put there.
+    UsageError for a file that cannot be put there or a place that cannot be written, HostError if there is
+    no room for the lab's files.
     """
     if not spec.command:
         raise UsageError("There is no command to run in the lab; write it after '--'.")
-    busy = busybox(cache, sinks.note)
-    wanted = (*emulator.modules, "kvm", spec.kind.module)
-    base, modules = layers.base(cache, spec.kernel, busy, wanted)
-    kept = [base, layers.python(cache), *filter(None, [layers.project(cache)])]
-    with cache.use(*kept), cache.run_folder() as folder:
-        cache.prune("layers")
+    _check_targets(spec)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cache.use(spec.kernel.folder))
+        busy = busybox(cache, sinks.note)
+        wanted = (*emulator.modules, "kvm", spec.kind.module)
+        base, modules = layers.base(cache, spec.kernel, busy, wanted)
+        kept = [base, layers.python(cache), *filter(None, [layers.project(cache)])]
+        stack.enter_context(cache.use(*kept))
+        folder = stack.enter_context(cache.run_folder())
         directory = spec.directory or layers.WORK
         command = json.dumps(
             {
@@ -121,15 +127,35 @@ def run(cache: Cache, emulator: Emulator, spec: RunSpec, sinks: Sinks) -> RunRes
         )
         agent = (sys.executable, "-m", "pykvm.lab.agent", emulator.wire_device)
         boot_text = boot_file(modules, _parameters(spec.kind, emulator), agent)
-        last = layers.run(folder.path / "run.cpio", command, boot_text, spec.put)
-        boot = Boot(
-            folder=folder.path,
-            kernel=spec.kernel,
-            layers=(*kept, last),
-            append=(*_APPEND, *(("module.sig_enforce=1",) if spec.kernel.enforce else ())),
-            memory=spec.memory or emulator.default_memory,
-        )
-        return _Session(cache, emulator, spec, sinks, folder, emulator.launch(boot)).run()
+        try:
+            last = layers.run(folder.path / "run.cpio", command, boot_text, spec.put)
+            boot = Boot(
+                folder=folder.path,
+                kernel=spec.kernel,
+                layers=(*kept, last),
+                append=(*_APPEND, *(("module.sig_enforce=1",) if spec.kernel.enforce else ())),
+                memory=spec.memory or emulator.default_memory,
+            )
+            launch = emulator.launch(boot)
+        except OSError as error:
+            raise HostError(
+                f"Cannot write the lab's files to {folder.path} ({error.strerror}); free some room, for "
+                "example with 'pykvm lab clean', or name another folder with PYKVM_LAB_CACHE."
+            ) from None
+        return _Session(emulator, spec, sinks, folder, launch).run()
+
+
+def _check_targets(spec: RunSpec) -> None:
+    """UsageError now, rather than after the run, for what could not be written then."""
+    try:
+        if spec.out is not None:
+            spec.out.mkdir(parents=True, exist_ok=True)
+            if not os.access(spec.out, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(spec.out))
+        if spec.console is not None:
+            spec.console.write_bytes(b"")
+    except OSError as error:
+        raise UsageError(f"Cannot write {error.filename} ({error.strerror}); name another place.") from None
 
 
 def _parameters(kind: Kind, emulator: Emulator) -> dict[str, str]:
@@ -162,9 +188,8 @@ class _Session:
     """The emulator's process and what comes from it."""
 
     def __init__(
-        self, cache: Cache, emulator: Emulator, spec: RunSpec, sinks: Sinks, folder: RunFolder, launch: Launch
+        self, emulator: Emulator, spec: RunSpec, sinks: Sinks, folder: RunFolder, launch: Launch
     ) -> None:
-        self._cache = cache
         self._emulator = emulator
         self._spec = spec
         self._sinks = sinks
@@ -193,8 +218,7 @@ class _Session:
                 self._follow(process, wire, started)
         finally:
             _end(process)
-            if self._spec.console is not None and self._launch.console.exists():
-                self._spec.console.write_bytes(self._launch.console.read_bytes())
+            self._copy_console()
         assert self._status is not None
         assert self._ready_at is not None
         self._unpack()
@@ -206,6 +230,14 @@ class _Session:
             self._ready_at - started,
             time.monotonic() - self._ready_at,
         )
+
+    def _copy_console(self) -> None:
+        if self._spec.console is None:
+            return
+        try:
+            shutil.copyfile(self._launch.console, self._spec.console)
+        except OSError as error:  # no reason to lose the command's own status
+            self._sinks.note(f"Cannot write the console log to {self._spec.console} ({error.strerror}).")
 
     def _follow(self, process: subprocess.Popen[bytes], wire: IO[bytes], started: float) -> None:
         heard = started

@@ -75,7 +75,7 @@ class Tool:
 
     @property
     def folder(self) -> Path:
-        """What ``Cache.use`` is to hold while a program of it runs."""
+        """Where all of it lies."""
         return self.root.parent
 
     def argv(self, program: str, *arguments: str) -> tuple[str, ...]:

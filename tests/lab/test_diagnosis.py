@@ -36,6 +36,11 @@ PATCHING = """[    1.9] invalid opcode: 0000 [#1] SMP
         ("qemu: fatal: Trying to execute code outside RAM", "qemu-tcg", "emulator", "outside RAM"),
         (">>PANIC<< prefetch: running in bogus memory", "bochs", "emulator", "bogus memory"),
         ("KeyError: 'argv'\r\npykvm: the agent ended with 1\r\n", "qemu-tcg", "unknown", "KeyError"),
+        ("qemu-system-x86_64: cannot set up guest memory 'pc.ram': Cannot allocate memory", "qemu-tcg",
+         "memory", "less with --memory"),
+        ("qemu-system-x86_64: Could not access KVM kernel module", "qemu-kvm", "unknown", "access KVM"),
+        ("qemu-system-x86_64: warning: TCG doesn't support it", "qemu-tcg", "unknown", "without a word"),
+        (SYSRQ + "qemu-system-x86_64: terminating on signal 15", "qemu-tcg", "kernel", "sysrq"),
         ("", "qemu-tcg", "unknown", "without a word"),
     ],
 )  # fmt: skip

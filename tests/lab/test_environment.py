@@ -16,6 +16,7 @@ import pytest
 from pykvm.errors import HostError
 from pykvm.lab import elf, environment, layers
 from pykvm.lab.cache import Cache
+from pykvm.lab.cpio import CpioWriter
 from tests.lab import newc
 from tests.lab.fake_emulator import kernel
 
@@ -170,3 +171,21 @@ def test_an_interpreter_that_cannot_be_read_is_said_in_a_sentence(
     monkeypatch.setattr(environment, "python_files", refused)
     with pytest.raises(HostError, match=r"/root/python3 cannot be read \(Permission denied\)"):
         layers.python(Cache(tmp_path))
+
+
+def test_a_file_that_vanishes_while_the_layer_is_made_is_no_reason_to_stop(tmp_path: Path) -> None:
+    """Editors and compilers write scratch files into a checkout all the time."""
+    there, gone = tmp_path / "there.py", tmp_path / "there.cpython-311.pyc.1234"
+    there.write_text("1")
+    assert layers._state([there, gone]) == layers._state([there])
+    target = tmp_path / "layer"
+    with target.open("wb") as output, CpioWriter(output) as archive:
+        layers._add_all(archive, [there, gone, tmp_path / "gone.py"])
+    names = [Path(name).name for name, entry in newc.read(target.read_bytes()).items() if entry.data]
+    assert names == ["there.py", Path(importlib.util.cache_from_source(str(there))).name]
+
+
+def test_names_that_are_no_text_have_a_state(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff")
+    path.touch()
+    assert layers._state([path]) != layers._state([])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,10 +13,12 @@ from typing import Any
 
 import pytest
 
-from pykvm.errors import LabDiedError, LabTimeoutError, UsageError
-from pykvm.lab import session
-from pykvm.lab.cache import Cache
+from pykvm.errors import HostError, LabDiedError, LabTimeoutError, UsageError
+from pykvm.lab import layers, session
+from pykvm.lab.cache import Cache, Cleaned
+from pykvm.lab.emulator import Boot, Launch
 from pykvm.lab.kinds import kind
+from tests.lab import newc
 from tests.lab.fake_emulator import FakeEmulator, kernel
 
 
@@ -204,6 +207,103 @@ def test_a_console_is_written_where_it_was_asked_for(cache: Cache, tmp_path: Pat
     script = "console.write(b'hello\\n'); ready(); send(Frame.EXIT, b'0')"
     session.run(cache, FakeEmulator(script), spec(tmp_path, console=tmp_path / "log"), Taken().sinks())
     assert (tmp_path / "log").read_text() == "hello\n"
+
+
+@pytest.mark.parametrize("where", ["out", "console"])
+def test_a_place_that_cannot_be_written_is_told_before_the_boot(
+    cache: Cache, tmp_path: Path, where: str
+) -> None:
+    (tmp_path / "file").touch()
+    emulator = FakeEmulator("ready(); send(Frame.EXIT, b'0')")
+    asked = spec(tmp_path, **{where: tmp_path / "file" / "inside"})
+    with pytest.raises(UsageError, match=r"Cannot write .*file.* \(Not a directory\)"):
+        session.run(cache, emulator, asked, Taken().sinks())
+    assert not emulator.boots
+
+
+def test_a_console_log_that_cannot_be_written_costs_nothing_else(cache: Cache, tmp_path: Path) -> None:
+    """The folder goes away while the lab runs."""
+    (tmp_path / "logs").mkdir()
+    emulator = FakeEmulator(f"import shutil; shutil.rmtree({str(tmp_path / 'logs')!r}); ready(); "
+                            "send(Frame.EXIT, b'7')")  # fmt: skip
+    told: list[str] = []
+    sinks = session.Sinks(lambda data: None, lambda data: None, note=told.append)
+    asked = spec(tmp_path, console=tmp_path / "logs" / "console")
+    assert session.run(cache, emulator, asked, sinks).status == 7
+    assert "Cannot write the console log" in told[-1]
+
+
+def test_a_full_disk_is_told_with_the_remedy(cache: Cache, tmp_path: Path) -> None:
+    class Full(FakeEmulator):
+        def launch(self, boot: Boot) -> Launch:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(HostError, match=r"No space left on device.*pykvm lab clean"):
+        session.run(cache, Full(""), spec(tmp_path), Taken().sinks())
+    assert cache.entries("runs") == []
+
+
+def test_the_kernel_stays_while_the_lab_starts(cache: Cache, tmp_path: Path) -> None:
+    """``pykvm lab clean --kernels`` of another process, before this lab counts as running."""
+    boots = kernel(cache.folder("kernels", "9.9.1-cloud"))
+    asked: list[Cleaned] = []
+
+    class Cleaning(FakeEmulator):
+        @property
+        def modules(self) -> tuple[str, ...]:  # type: ignore[override]
+            assert not cache.running()
+            asked.append(cache.clean(["kernels"]))
+            return ("wire",)
+
+    emulator = Cleaning("ready(); send(Frame.EXIT, b'0')")
+    session.run(cache, emulator, spec(tmp_path, kernel=boots), Taken().sinks())
+    assert asked[0].in_use == (boots.folder,)
+    assert boots.folder.exists()
+
+
+def put(tmp_path: Path, *sources: Path) -> dict[str, newc.Entry]:
+    """What --put makes of these in the run's layer, below the working folder."""
+    target = layers.run(tmp_path / "run.cpio", "{}", "", sources)
+    inside = f"{layers.WORK.strip('/')}/"
+    found = newc.read(target.read_bytes())
+    return {name.removeprefix(inside): entry for name, entry in found.items() if name.startswith(inside)}
+
+
+def test_put_takes_files_and_folders_by_their_own_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "some folder"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "file, too").write_bytes(b"contents")
+    os.mkfifo(folder / "pipe")
+    monkeypatch.chdir(folder / "deep")
+    found = put(tmp_path, Path(".."))
+    assert list(found) == ["some folder", "some folder/deep", "some folder/file, too"]
+    assert found["some folder/file, too"].data == b"contents"
+
+
+def test_put_refuses_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for source in (tmp_path / "missing", tmp_path / "pipe", Path("/"), Path("/dev/null")):
+        with pytest.raises(UsageError, match="there is no such file or folder"):
+            put(tmp_path, source)
+
+
+def test_put_refuses_a_file_too_large_without_reading_it(tmp_path: Path) -> None:
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UsageError, match=r"huge: .*4 GiB"):
+        put(tmp_path, tmp_path / "huge")
+
+
+def test_put_says_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / "secret").touch()
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UsageError, match=r"cannot read .*secret \(Permission denied\)"):
+        put(tmp_path, tmp_path / "secret")
 
 
 def test_two_files_of_one_name_are_refused(cache: Cache, tmp_path: Path) -> None:
