@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -80,16 +81,15 @@ class Cache:
     def folder(self, *parts: str) -> Path:
         """The folder below the root, made if it is missing.
 
-        Raises HostError where this user cannot make it.
+        Raises HostError where this user cannot make it or write to it.
         """
         path = self.root.joinpath(*parts)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise HostError(
-                f"Cannot use {path} to keep lab files ({error.strerror}); "
-                "name a folder of your own with PYKVM_LAB_CACHE."
-            ) from None
+            raise _unusable(path, error) from None
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise _unusable(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
         return path
 
     # --- building --------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ class Cache:
                 _touch(path)
                 yield None
                 return
-            for leftover in path.parent.glob(f".{_escaped(path.name)}.*.part"):
+            for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
                 remove(leftover)  # its builder held this lock and is dead
             scratch = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
             try:
@@ -142,11 +142,15 @@ class Cache:
     def lock(self, path: Path, *, wait: bool = True) -> Iterator[bool]:
         """Be the only one who builds or changes ``path``; yields False if that is not to be had at once.
 
-        The lock is a hidden file beside the path, which goes when the last holder is done.
+        The lock is a hidden file beside the path, which goes when the last holder is done.  HostError if
+        there can be none, so that ``path`` cannot be changed either.
         """
         place = path.parent / f".{path.name}.lock"
         while True:
-            descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except OSError as error:
+                raise _unusable(path.parent, error) from None
             try:
                 if not _flock(descriptor, fcntl.LOCK_EX, wait=wait):
                     yield False
@@ -195,7 +199,10 @@ class Cache:
             _flock(door, fcntl.LOCK_EX)  # nobody sweeps between our mkdir and our lock
             self._sweep_runs(runs)
             path = runs / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{secrets.token_hex(2)}"
-            path.mkdir()
+            try:
+                path.mkdir()
+            except OSError as error:
+                raise _unusable(runs, error) from None
             hold = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             _flock(hold, fcntl.LOCK_EX)
         folder = RunFolder(path)
@@ -251,6 +258,9 @@ class Cache:
             freed = 0
             for part in filter(lambda name: (self.root / name).is_dir(), parts):
                 gate = self.root / part / ARCHIVE_GATE
+                if part == "runs":
+                    # As in run_folder: no run begins while these are looked at.
+                    _flock(stack.enter_context(_opened(self.root / part)), fcntl.LOCK_EX)
                 if part == "apt" and not stack.enter_context(self.lock(gate, wait=False)):
                     in_use = (gate.parent,)
                     continue
@@ -298,13 +308,28 @@ class Cache:
 
 
 def default_root(environment: Mapping[str, str] = os.environ) -> Path:
-    """``$PYKVM_LAB_CACHE``, else ``pykvm/lab`` in ``$XDG_CACHE_HOME`` or ~/.cache."""
-    if own := environment.get("PYKVM_LAB_CACHE"):
-        return Path(own).expanduser()
-    caches = environment.get("XDG_CACHE_HOME", "")
-    # The base directory specification tells to ignore a relative path.
-    base = Path(caches) if caches.startswith("/") else Path("~/.cache").expanduser()
+    """``$PYKVM_LAB_CACHE``, else ``pykvm/lab`` in ``$XDG_CACHE_HOME`` or ~/.cache.
+
+    HostError for a user without a home.
+    """
+    try:
+        if own := environment.get("PYKVM_LAB_CACHE"):
+            return Path(own).expanduser()
+        caches = environment.get("XDG_CACHE_HOME", "")
+        # The base directory specification tells to ignore a relative path.
+        base = Path(caches) if caches.startswith("/") else Path("~/.cache").expanduser()
+    except RuntimeError:
+        raise HostError(
+            "There is no home folder to keep lab files in; name a folder with PYKVM_LAB_CACHE."
+        ) from None
     return base / "pykvm" / "lab"
+
+
+def _unusable(path: Path, error: OSError) -> HostError:
+    return HostError(
+        f"Cannot use {path} to keep lab files ({error.strerror}); "
+        "name a folder of your own with PYKVM_LAB_CACHE, or free some room if it is full."
+    )
 
 
 def size_of(path: Path) -> int:
@@ -353,7 +378,7 @@ def _remove_unless_used(path: Path) -> bool:
             if not _flock(descriptor, fcntl.LOCK_EX, wait=False):
                 return False
             remove(path)
-            return True
+            return not os.path.lexists(path)  # parts of it may belong to somebody else
     except FileNotFoundError:
         return True
 
@@ -394,8 +419,3 @@ def _last_use(path: Path) -> float:
         return path.stat().st_mtime
     except FileNotFoundError:
         return 0.0
-
-
-def _escaped(name: str) -> str:
-    """A name as a pattern that matches only itself."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pykvm.errors import HostError
-from pykvm.lab.cache import ARCHIVE_GATE, PARTS, Cache, default_root, size_of
+from pykvm.lab.cache import ARCHIVE_GATE, PARTS, Cache, Cleaned, default_root, size_of
 from tests.cli.runner import environment
 
 LONG_AGO = 1_000_000.0
@@ -76,6 +76,30 @@ def test_a_root_that_cannot_be_made_is_told_with_the_remedy(tmp_path: Path) -> N
     (tmp_path / "file").touch()
     with pytest.raises(HostError, match="PYKVM_LAB_CACHE"):
         Cache(tmp_path / "file" / "cache").folder("layers")
+
+
+def test_a_user_without_a_home_is_told_the_remedy() -> None:
+    with pytest.raises(HostError, match="PYKVM_LAB_CACHE"):
+        default_root({"PYKVM_LAB_CACHE": "~no-such-user/cache"})
+
+
+def test_a_root_that_cannot_be_written_is_told_with_the_remedy(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write everywhere, so access(2) and open(2) are asked to say no."""
+    path = entry(cache, "layers", "a")
+    monkeypatch.setattr(os, "access", lambda place, mode: False)
+    for use in (lambda: cache.folder("layers"), lambda: cache.run_folder().__enter__()):
+        with pytest.raises(HostError, match=r"Permission denied.*PYKVM_LAB_CACHE"):
+            use()
+
+    def refuse(*arguments: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(HostError, match=r"Permission denied.*PYKVM_LAB_CACHE"):
+        cache.clean(["layers"])
+    assert path.exists()
 
 
 # --- building ------------------------------------------------------------------------------------
@@ -247,6 +271,43 @@ time.sleep(100)
     with cache.run_folder() as mine:
         assert cache.entries("runs") == [mine.path]
         assert not dead.exists()
+
+
+def test_cleaning_waits_until_a_beginning_run_holds_its_folder(cache: Cache) -> None:
+    """Between the two a folder looks like that of a dead run."""
+    (begun := cache.folder("runs") / "begun").mkdir()
+    body = """
+import fcntl, os
+door = os.open(cache.root / "runs", os.O_RDONLY)
+fcntl.flock(door, fcntl.LOCK_EX)
+print("ready", flush=True)
+input()
+hold = os.open(cache.root / "runs" / "begun", os.O_RDONLY)
+fcntl.flock(hold, fcntl.LOCK_EX)
+os.close(door)
+time.sleep(100)
+"""
+    with another_process(cache, body) as child:
+        cleaned: list[Cleaned] = []
+        cleaner = threading.Thread(target=lambda: cleaned.append(cache.clean(["runs"])))
+        cleaner.start()
+        cleaner.join(0.3)
+        assert cleaner.is_alive()
+        assert child.stdin is not None
+        child.stdin.write("\n")
+        child.stdin.flush()
+        cleaner.join(20)
+        assert cleaned[0].in_use == (begun,)
+        assert begun.exists()
+
+
+def test_what_could_not_be_removed_is_not_said_to_be_gone(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = cache.folder("tools", "a")
+    monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors: None)
+    cleaned = cache.clean(["tools"])
+    assert (cleaned.removed, cleaned.in_use) == ((), (path,))
 
 
 def test_only_the_newest_kept_runs_stay(cache: Cache) -> None:
