@@ -340,9 +340,17 @@ class _Session:
             self._spec.out.mkdir(parents=True, exist_ok=True)
             if self._files.exists():
                 with tarfile.open(self._files) as archive:
-                    archive.extractall(self._spec.out, filter="data")
+                    archive.extractall(self._spec.out, filter=self._fitting)
         except (OSError, tarfile.TarError) as error:
             raise LabError(f"Cannot write the lab's files to {self._spec.out} ({error}).") from None
+
+    def _fitting(self, member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
+        """Only what stays within the folder; what does not is no reason to lose the rest."""
+        try:
+            return tarfile.data_filter(member, folder)
+        except tarfile.FilterError as error:
+            self._sinks.note(f"Left out of {self._spec.out}: {error}.")
+            return None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
