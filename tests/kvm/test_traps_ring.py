@@ -16,6 +16,7 @@ from pykvm.kvm import KvmSystem, KvmVm
 from pykvm.machine import DirtyRingFull, IoOut, SlotFlags
 from pykvm.memory import PAGE_SIZE
 from pykvm.track import RingTracker
+from tests.patience import patient
 from tests.rings import LEAST_RING
 
 from .tiny import (
@@ -377,7 +378,7 @@ def test_no_page_is_lost_when_collecting_while_vcpus_run(system: KvmSystem, vcpu
         area = slice(DATA * PAGE_SIZE, (DATA + vcpus * per) * PAGE_SIZE)
         memory = guest.memory.view()[area].view(np.uint64).reshape(-1, PAGE_SIZE // 8)
         copy = memory[:, 0].copy()
-        deadline = time.monotonic() + 1.5
+        deadline = time.monotonic() + patient(1.5)
         rounds = 0
         while time.monotonic() < deadline:
             pages = tracker.collect()
