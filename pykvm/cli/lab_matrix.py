@@ -156,7 +156,8 @@ def command(
                 write_text(html_path, matrix_page(document))
     if not cells and not failed:
         raise UsageError("No cell of the matrix has been run yet; leave --report-only out to run some.")
-    _show(session, cells, page, html_path)
+    if cells:
+        _show(session, cells, page, html_path)
     _judge(cells, state, failed, session)
 
 

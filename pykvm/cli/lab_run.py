@@ -27,7 +27,7 @@ from pykvm.lab.kinds import kind
 )
 @click.option(
     "--timeout",
-    type=duration_type(),
+    type=duration_type(minimum=1),
     default="10m",
     show_default=True,
     help="Time for the command, not counting the boot.",
@@ -78,6 +78,7 @@ def command(
 
         pykvm lab run --kernel 6.1 --kvm amd-npt -- pykvm info
     """
+    kernels.check(kernel)
     cache = Cache()
     chosen = kind(kind_name)
     emulator = choose(cache, chosen, accel, session_.note)

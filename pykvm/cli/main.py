@@ -12,7 +12,7 @@ import click
 
 from pykvm import __version__
 from pykvm.cli.lazy import LazyGroup
-from pykvm.cli.session import Session, json_requested
+from pykvm.cli.session import Session, requested
 from pykvm.errors import PykvmError
 
 USAGE_STATUS = 2
@@ -67,8 +67,8 @@ def _discard_output() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit status; nothing is raised."""
     session = Session()
-    session.json = json_requested(arguments)
-    session.debug = "--debug" in arguments
+    session.json = requested("--json", arguments)
+    session.debug = requested("--debug", arguments)
     status = 0
     try:
         try:
@@ -115,6 +115,15 @@ def run(arguments: list[str]) -> int:
     return status
 
 
+def _open_closed() -> None:
+    """Started without standard output or error (``>&-``), write to nowhere instead."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
 def main() -> NoReturn:
     """The console script ``pykvm``."""
+    _open_closed()
     sys.exit(run(sys.argv[1:]))

@@ -114,7 +114,7 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )(output_options(command))
 
 
-def json_requested(arguments: list[str]) -> bool:
-    """Whether ``--json`` is among the options: known before they are parsed, since parsing can fail."""
+def requested(option: str, arguments: list[str]) -> bool:
+    """Whether a flag is among the options: known before they are parsed, since parsing can fail."""
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    return "--json" in options
+    return option in options

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -119,6 +120,20 @@ def test_a_bug_is_called_one(capfd: Capture, monkeypatch: pytest.MonkeyPatch) ->
     assert "bug in pykvm" in result.document["error"]
     assert "Traceback" not in result.err
     assert "Traceback" in invoke(capfd, "guests", "list", "--debug").err
+
+
+def test_debug_behind_two_dashes_is_the_commands_own(capfd: Capture) -> None:
+    assert "Traceback" not in invoke(capfd, "lab", "run", "--kernel", "x", "--", "pykvm", "--debug").err
+    assert "Traceback" in invoke(capfd, "lab", "run", "--kernel", "x", "--debug", "--", "pykvm").err
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_output_is_no_error(closed: str) -> None:
+    command = f"{shlex.join(command_line('guests', 'list'))} {closed}"
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, timeout=patient(60), env=environment(), check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_without_arguments_the_help_is_an_error(capfd: Capture) -> None:

@@ -368,6 +368,20 @@ def test_a_page_about_nothing_is_refused(
     assert not page.exists()
 
 
+def test_a_page_that_was_not_written_is_not_named(
+    capfd: pytest.CaptureFixture[str], cells: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def provide(cache: Any, text: str, note: Any) -> PreparedKernel:
+        raise HostError("No network.")
+
+    monkeypatch.setattr(kernels, "provide", provide)
+    page = tmp_path / "m.md"
+    done = invoke(capfd, "lab", "matrix", "--kernel", "6.1", "--markdown", str(page))
+    assert done.status == 3
+    assert not page.exists()
+    assert "Written" not in done.err
+
+
 def test_an_interrupted_matrix_writes_what_it_has(
     capfd: pytest.CaptureFixture[str], cells: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
