@@ -54,9 +54,8 @@ def command(session: Session, everything: bool, dry_run: bool, **chosen: bool) -
     for name in dict.fromkeys(Path("apt") if name.parts[0] == "apt" else name for name in names):
         session.out.print(name, markup=False, soft_wrap=True)
     for path in cleaned.in_use:
-        session.note(
-            f"{path.relative_to(cache.root)} stays: a running lab or another pykvm uses it, or it is not yours."
-        )
+        kept = path.relative_to(cache.root)
+        session.note(f"{kept} stays: a running lab or another pykvm uses it, or it is not yours.")
     verb = "Would free" if dry_run else "Freed"
     session.out.print(
         f"{verb} {bytes_text(cleaned.freed)}; {bytes_text(left)} in {cache.root}.",

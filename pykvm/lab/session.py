@@ -8,6 +8,7 @@ folder removed when ``run`` is left.  If this process itself is killed, the emul
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -20,8 +21,8 @@ import tarfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 from pykvm.errors import HostError, LabDiedError, LabError, LabTimeoutError, UsageError
 from pykvm.lab import layers
@@ -38,6 +39,8 @@ from pykvm.lab.toolbox import busybox
 _POLL = 0.02  # seconds between two looks at the wire
 _CONSOLE_READ = 1 << 20
 _WIRE_READ = 1 << 20
+_WIRE_KEPT = 16 << 20  # bytes of the wire's file that were read and may still take disk
+_PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE of <linux/falloc.h>
 _APPEND = (
     "console=ttyS0",
     "panic=-1",
@@ -214,7 +217,7 @@ class _Session:
                 start_new_session=True,  # Ctrl-C is ours to answer
             )
         try:
-            with self._launch.wire.open("rb") as wire:
+            with self._launch.wire.open("r+b", buffering=0) as wire:
                 self._follow(process, wire, started)
         finally:
             _end(process)
@@ -239,8 +242,9 @@ class _Session:
         except OSError as error:  # no reason to lose the command's own status
             self._sinks.note(f"Cannot write the console log to {self._spec.console} ({error.strerror}).")
 
-    def _follow(self, process: subprocess.Popen[bytes], wire: IO[bytes], started: float) -> None:
+    def _follow(self, process: subprocess.Popen[bytes], wire: FileIO, started: float) -> None:
         heard = started
+        freed = 0
         while not self._done():
             ended = process.poll() is not None  # asked before reading, so that the last bytes are read
             data = wire.read(_WIRE_READ)
@@ -252,6 +256,9 @@ class _Session:
                 raise self._died(self._problem)
             if self._done():
                 return
+            if wire.tell() - freed > _WIRE_KEPT:
+                _free(wire, wire.tell())
+                freed = wire.tell()
             if ended and not data:
                 raise self._died()
             now = time.monotonic()
@@ -351,6 +358,13 @@ class _Session:
         except tarfile.FilterError as error:
             self._sinks.note(f"Left out of {self._spec.out}: {error}.")
             return None
+
+
+def _free(file: FileIO, end: int) -> None:
+    """Give back the disk of everything before ``end``, where the file system can; what is read stays read."""
+    fallocate = ctypes.CDLL(None).fallocate
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    fallocate(file.fileno(), _PUNCH_HOLE, 0, end)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -106,6 +106,23 @@ time.sleep(60)
     assert list((cache.root / "runs").iterdir()) == []
 
 
+def test_output_takes_no_disk_once_it_was_passed_on(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that prints for hours must not fill the disk."""
+    monkeypatch.setattr(session, "_WIRE_KEPT", 1 << 20)
+    script = """
+ready()
+for number in range(16): send(Frame.STDOUT, bytes([number]) * (1 << 20))
+until = time.monotonic() + 10
+while (used := os.stat(sys.argv[2]).st_blocks * 512) > 2 << 20 and time.monotonic() < until: time.sleep(0.05)
+send(Frame.EXIT, b"0" if used <= 2 << 20 else b"1")
+"""
+    taken = Taken()
+    assert session.run(cache, FakeEmulator(script), spec(tmp_path), taken.sinks()).status == 0
+    assert taken.stdout == b"".join(bytes([number]) * (1 << 20) for number in range(16))
+
+
 def test_the_guest_is_asked_for_what_the_run_needs(cache: Cache, tmp_path: Path) -> None:
     emulator = FakeEmulator("ready(); send(Frame.EXIT, b'0')")
     asked = spec(tmp_path, kernel=kernel(tmp_path / "kernel", enforce=True))
