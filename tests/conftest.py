@@ -45,10 +45,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 run = not bug.kwargs.get("kills", False)
                 item.add_marker(pytest.mark.xfail(reason=f"{slug}: {reason}", strict=False, run=run))
     if not config.option.markexpr:
-        left_out = ("slow", "lab")
-        kept = [item for item in items if not any(map(item.get_closest_marker, left_out))]
-        if len(kept) < len(items):
-            config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        kept: list[pytest.Item] = []
+        left_out: list[pytest.Item] = []
+        for item in items:
+            (left_out if any(map(item.get_closest_marker, ("slow", "lab"))) else kept).append(item)
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
             items[:] = kept
 
 
