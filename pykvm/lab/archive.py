@@ -24,6 +24,7 @@ from typing import Any, Final
 from pykvm.errors import HostError
 from pykvm.lab.apt import QUERY_TIMEOUT, Apt, FailedError, reason, run, tool
 from pykvm.lab.cache import ARCHIVE_GATE, Cache, Note, remove, size_of
+from pykvm.lab.unpacking import unpack
 
 MIRROR: Final = "http://deb.debian.org/debian"
 SECURITY_MIRROR: Final = "http://deb.debian.org/debian-security"
@@ -197,7 +198,7 @@ class Archive:
         if len(tarballs) != 1:
             raise HostError(f"apt-get source {name} left no tarball; run the command again.")
         with tarfile.open(tarballs[0]) as archive:
-            archive.extractall(folder / "tree", filter="data")
+            unpack(archive, folder / "tree", lambda what: self._note(f"Left out of {name}: {what}."))
         tarballs[0].unlink()
         inside = list((folder / "tree").iterdir())
         return inside[0] if len(inside) == 1 else folder / "tree"

@@ -35,6 +35,7 @@ from pykvm.lab.kernels import PreparedKernel
 from pykvm.lab.kinds import Kind
 from pykvm.lab.tether import tethered
 from pykvm.lab.toolbox import busybox
+from pykvm.lab.unpacking import unpack
 
 _POLL = 0.02  # seconds between two looks at the wire
 _CONSOLE_READ = 1 << 20
@@ -347,17 +348,13 @@ class _Session:
             self._spec.out.mkdir(parents=True, exist_ok=True)
             if self._files.exists():
                 with tarfile.open(self._files) as archive:
-                    archive.extractall(self._spec.out, filter=self._fitting)
+                    unpack(archive, self._spec.out, self._left_out)
         except (OSError, tarfile.TarError) as error:
             raise LabError(f"Cannot write the lab's files to {self._spec.out} ({error}).") from None
 
-    def _fitting(self, member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
-        """Only what stays within the folder; what does not is no reason to lose the rest."""
-        try:
-            return tarfile.data_filter(member, folder)
-        except tarfile.FilterError as error:
-            self._sinks.note(f"Left out of {self._spec.out}: {error}.")
-            return None
+    def _left_out(self, what: str) -> None:
+        """One file that the host refuses is no reason to lose the rest."""
+        self._sinks.note(f"Left out of {self._spec.out}: {what}.")
 
 
 def _free(file: FileIO, end: int) -> None:
