@@ -59,14 +59,14 @@ class RunFolder:
         self._kept: tuple[str, ...] | None = None
 
     def keep(self, *names: str) -> None:
-        """Leave these files (all without names) for people to read after the run has ended."""
+        """Leave these files for people to read after the run has ended."""
         self._kept = names
         (self.path / _KEEP_MARK).touch()
 
     def _end(self) -> None:
         if self._kept is None:
             shutil.rmtree(self.path, ignore_errors=True)
-        elif self._kept:
+        else:
             for entry in self.path.iterdir():
                 if entry.name not in {*self._kept, _KEEP_MARK}:
                     remove(entry)

@@ -107,7 +107,6 @@ def main(arguments: list[str]) -> int:
         if kernel is None:
             raise HostError(f"Linux {order.release} was removed from the lab cache; run the matrix again.")
         emulator = choose(cache, kind(order.kind), order.accel, lambda text: say({"note": text}))
-        say({"emulator": emulator.name})
         run_cell(order, kernel, emulator, partial(session.run, cache, emulator), say)
     except PykvmError as error:
         say({"error": str(error)})

@@ -71,8 +71,3 @@ class Decoder:
                 raise BrokenStream(f"there is no frame of the kind {kind!r}") from None
             self._take(frame, payload)
         del self._buffer[:start]
-
-    @property
-    def rest(self) -> int:
-        """Bytes of a frame that has not ended."""
-        return len(self._buffer)
