@@ -31,7 +31,6 @@ class Launch:
     argv: tuple[str, ...]
     console: Path
     wire: Path
-    environment: Mapping[str, str] | None = None
 
 
 class Emulator(Protocol):

@@ -105,8 +105,7 @@ class Qemu:
             "-device", "virtio-serial-pci", "-chardev", f"file,id=wire,path={_escaped(wire)}",
             "-device", f"virtserialport,chardev=wire,name={_PORT}",
         )  # fmt: skip
-        # Without this a QEMU loads modules of whatever other version the system has installed.
-        return Launch(argv, console, wire, {"QEMU_MODULE_DIR": str(boot.folder)})
+        return Launch(argv, console, wire)
 
 
 def _escaped(path: Path) -> str:

@@ -214,7 +214,6 @@ class _Session:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=None if self._launch.environment is None else {**os.environ, **self._launch.environment},
                 start_new_session=True,  # Ctrl-C is ours to answer
             )
         try:
