@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+from functools import partial
+from types import FrameType
+from typing import NoReturn
+
 import click
 
 from pykvm.cli.lazy import LazyGroup
@@ -26,3 +31,12 @@ def command() -> None:
     needs neither root nor virtualization, and everything it fetches stays in one folder (PYKVM_LAB_CACHE).
     See docs/labs.md.
     """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup's choice stays
+            signal.signal(number, _leave)
+            click.get_current_context().call_on_close(partial(signal.signal, number, signal.SIG_DFL))
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    """Clean up as at Ctrl-C; the status is the one that a shell gives to a process ended by the signal."""
+    raise SystemExit(128 + number)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,6 +92,41 @@ def test_a_lab_that_fails_has_a_status_of_its_own(
     play(body)
     done = invoke(capfd, "lab", "run", "--", "true")
     assert (done.status, done.err) == (status, f"pykvm: {error}\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_lets_the_lab_clean_up(
+    capfd: pytest.CaptureFixture[str], play: Callable[[Play], list[RunSpec]], number: signal.Signals
+) -> None:
+    cleaned = []
+
+    def body(spec: RunSpec, sinks: Sinks) -> int:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        finally:
+            cleaned.append(number)
+        return 0
+
+    play(body)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as caught:
+        invoke(capfd, "lab", "run", "--", "true")
+    assert (caught.value.code, cleaned) == (128 + number, [number])
+    assert signal.getsignal(number) is before
+
+
+def test_nohup_is_respected(capfd: pytest.CaptureFixture[str], play: Callable[[Play], list[RunSpec]]) -> None:
+    def body(spec: RunSpec, sinks: Sinks) -> int:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return 7
+
+    play(body)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert invoke(capfd, "lab", "run", "--", "true").status == 7
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(
