@@ -68,7 +68,9 @@ _RULES = (
     ),
     _rule(
         "emulator",
-        r"(?:text_poke|smp_text_poke|alternative|jump_label)[\s\S]{0,400}?(?:invalid opcode|Oops|BUG)",
+        # An oops names the place after what happened; a second one may follow.
+        r"RIP: 0010:\w*(?:text_poke|alternative|jump_label)\w*\+"
+        r"|(?:text_poke|alternative|jump_label)[\s\S]{0,400}?(?:invalid opcode|Oops|BUG)",
         "its kernel crashed while patching its own text, a known fault of emulated processors, not of KVM",
         "qemu-tcg",
         "bochs",

@@ -23,6 +23,10 @@ PATCHING = """[    1.9] invalid opcode: 0000 [#1] SMP
 [    1.9] RIP: 0010:text_poke_bp_batch+0x9f/0x2a0
 [    1.9] invalid opcode: 0000 [#2] SMP
 """
+PATCHING_ONCE = """[    1.9] invalid opcode: 0000 [#1] SMP
+[    1.9] RIP: 0010:text_poke_bp_batch+0x9f/0x2a0
+[    1.9] Kernel panic - not syncing: Fatal exception
+"""
 
 
 @pytest.mark.parametrize(
@@ -31,6 +35,7 @@ PATCHING = """[    1.9] invalid opcode: 0000 [#1] SMP
         (SYSRQ, "qemu-tcg", "kernel", "sysrq triggered crash (KVM is not in its stack"),
         (IN_KVM, "qemu-tcg", "kernel", "(KVM is in its stack"),
         (PATCHING, "qemu-tcg", "emulator", "patching its own text"),
+        (PATCHING_ONCE, "qemu-tcg", "emulator", "patching its own text"),
         ("[  1.0] Initramfs unpacking failed: write error\n", "qemu-tcg", "memory", "--memory"),
         ("Out of memory: Killed process 99 (python3) total-vm:1", "bochs", "memory", "--memory"),
         ("qemu: fatal: Trying to execute code outside RAM", "qemu-tcg", "emulator", "outside RAM"),
