@@ -20,7 +20,7 @@ from pykvm.lab.archive import Archive
 from pykvm.lab.cache import Cache
 from pykvm.lab.emulators import Accel, choose
 from pykvm.lab.kernels import PreparedKernel
-from pykvm.lab.kinds import KINDS, Kind, kind
+from pykvm.lab.kinds import KINDS, kind
 from pykvm.lab.matrix import Again, Saved, State, Store, Task
 from pykvm.lab.matrix_report import markdown, problems, report
 from pykvm.lab.matrix_run import cell_command, run_tasks
@@ -140,10 +140,13 @@ def command(
     store = Store(cache, chosen.name)
     state = matrix.state_of(root)
     failed: dict[str, str] = {}
+    # Before the page is touched: a kernel that does not exist is no reason to write it anew.
+    ready = [] if report_only else _kernels(session, cache, series, failed)
     try:
         if not report_only:
             kinds = [kind(name) for name in dict.fromkeys(kind_names)] or list(KINDS.values())
-            failed = _run(session, cache, root, store, state, series, kinds, chosen.name, jobs, accel, again)
+            tasks = matrix.plan(store, state, ready, kinds, _again(again))
+            failed |= _run(session, cache, root, tasks, chosen.name, jobs, accel)
     finally:
         # What was found before an interruption is worth a page, too.  The sources may have changed meanwhile.
         state = matrix.state_of(root)
@@ -165,19 +168,13 @@ def _run(
     session: Session,
     cache: Cache,
     root: Path,
-    store: Store,
-    state: State,
-    series: Sequence[str],
-    kinds: Sequence[Kind],
+    tasks: Sequence[Task],
     chosen: str,
     jobs: int,
     accel: Accel,
-    again: str | None,
 ) -> dict[str, str]:
-    """Run the cells that are wanted; those without a result, and why."""
+    """Run the cells; those without a result, and why."""
     failed: dict[str, str] = {}
-    ready = _kernels(session, cache, series, failed)
-    tasks = matrix.plan(store, state, ready, kinds, _again(again))
     usable = []
     for name in dict.fromkeys(task.kind.name for task in tasks):
         try:

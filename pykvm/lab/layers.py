@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pykvm.errors import HostError, UsageError
 from pykvm.lab import environment
-from pykvm.lab.cache import Cache
+from pykvm.lab.cache import Cache, Note
 from pykvm.lab.cpio import CpioWriter
 from pykvm.lab.init import BASE_FILES, BASE_FOLDERS, BASE_LINKS, BOOT
 from pykvm.lab.kernels import PreparedKernel
@@ -101,12 +101,13 @@ def _applets(busybox: Path) -> list[str]:
     return done.stdout.split()
 
 
-def python(cache: Cache) -> Path:
-    """The layer with the environment that runs now."""
+def python(cache: Cache, note: Note) -> Path:
+    """The layer with the environment that runs now; ``note`` hears of it when it has to be packed."""
     files, state = _environment()
     target = cache.folder("layers") / f"python-{state}.cpio"
 
     def make(scratch: Path) -> None:
+        note("Packing this Python environment for labs; this is done once.")
         with scratch.open("wb") as output, CpioWriter(output) as archive:
             _add_all(archive, files)
             for library in environment.shared_libraries(files):

@@ -117,7 +117,7 @@ def run(cache: Cache, emulator: Emulator, spec: RunSpec, sinks: Sinks) -> RunRes
         busy = busybox(cache, sinks.note)
         wanted = (*emulator.modules, "kvm", spec.kind.module)
         base, modules = layers.base(cache, spec.kernel, busy, wanted)
-        kept = [base, layers.python(cache), *filter(None, [layers.project(cache)])]
+        kept = [base, layers.python(cache, sinks.note), *filter(None, [layers.project(cache)])]
         stack.enter_context(cache.use(*kept))
         folder = stack.enter_context(cache.run_folder())
         directory = spec.directory or layers.WORK

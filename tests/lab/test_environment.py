@@ -170,7 +170,7 @@ def test_an_interpreter_that_cannot_be_read_is_said_in_a_sentence(
 
     monkeypatch.setattr(environment, "python_files", refused)
     with pytest.raises(HostError, match=r"/root/python3 cannot be read \(Permission denied\)"):
-        layers.python(Cache(tmp_path))
+        layers.python(Cache(tmp_path), print)
 
 
 def test_a_file_that_vanishes_while_the_layer_is_made_is_no_reason_to_stop(tmp_path: Path) -> None:
