@@ -402,13 +402,17 @@ def test_an_interrupted_matrix_writes_what_it_has(
 
 
 def test_an_unknown_kernel_is_the_users_mistake(
-    capfd: pytest.CaptureFixture[str], cells: list[str], monkeypatch: pytest.MonkeyPatch
+    capfd: pytest.CaptureFixture[str], cells: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def provide(cache: Any, text: str, note: Any) -> PreparedKernel:
         raise UsageError("There is no such kernel.")
 
+    page = tmp_path / "m.md"
+    assert invoke(capfd, "lab", "matrix", "--kernel", "6.1", "--markdown", str(page)).status == 0
+    page.write_text("as it was")
     monkeypatch.setattr(kernels, "provide", provide)
-    assert invoke(capfd, "lab", "matrix", "--kernel", "x").status == 2
+    assert invoke(capfd, "lab", "matrix", "--kernel", "x", "--markdown", str(page)).status == 2
+    assert page.read_text() == "as it was", "known cells are no reason to write the page anew"
 
 
 # --- for real ------------------------------------------------------------------------------------
