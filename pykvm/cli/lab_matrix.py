@@ -118,7 +118,7 @@ def command(
     kind_names: tuple[str, ...],
     selection_name: str,
     jobs: int,
-    again: str | None,
+    again: Again | None,
     report_only: bool,
     markdown_path: Path | None,
     html_path: Path | None,
@@ -145,7 +145,7 @@ def command(
     try:
         if not report_only:
             kinds = [kind(name) for name in dict.fromkeys(kind_names)] or list(KINDS.values())
-            tasks = matrix.plan(store, state, ready, kinds, _again(again))
+            tasks = matrix.plan(store, state, ready, kinds, again or "")
             failed |= _run(session, cache, root, tasks, chosen.name, jobs, accel)
     finally:
         # What was found before an interruption is worth a page, too.  The sources may have changed meanwhile.
@@ -198,10 +198,6 @@ def _run(
 
     session.note(f"{plural(len(tasks), 'cell')} to run, {jobs} at a time.")
     return failed | run_tasks(tasks, cell_command(order), jobs, _Progress(session, len(tasks)))
-
-
-def _again(text: str | None) -> Again:
-    return text if text in ("older", "failed", "all") else ""  # type: ignore[return-value]
 
 
 def _kernels(

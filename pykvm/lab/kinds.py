@@ -15,8 +15,9 @@ Vendor = Literal["amd", "intel"]
 class Kind:
     """One way to load KVM.
 
-    ``parameters`` maps a module (``kvm``, ``kvm_amd``, ``kvm_intel``) to the parameters that make it this
-    kind; what is not named keeps the kernel's default.
+    ``parameters`` maps a module (``kvm``, ``kvm_amd``, ``kvm_intel``) to all parameters that make it this
+    kind, also those that are the kernel's default: the running guest is held against them, and KVM clears
+    without a word what the processor cannot do (``hardware_setup`` in arch/x86/kvm/vmx/vmx.c, svm/svm.c).
     """
 
     name: str
@@ -33,23 +34,26 @@ class Kind:
 KINDS: Mapping[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind("amd-npt", "amd", "nested paging, TDP MMU", {}),
+        Kind("amd-npt", "amd", "nested paging, TDP MMU", {"kvm": "tdp_mmu=1", "kvm_amd": "npt=1"}),
         Kind("amd-shadow", "amd", "shadow paging (kvm_amd.npt=0)", {"kvm_amd": "npt=0"}),
         Kind(
             "amd-npt-oldmmu",
             "amd",
             "nested paging, older MMU with rmaps (kvm.tdp_mmu=0)",
-            {"kvm": "tdp_mmu=0"},
+            {"kvm": "tdp_mmu=0", "kvm_amd": "npt=1"},
         ),
-        Kind("intel-ept", "intel", "EPT with A/D bits and PML", {}),
+        Kind("intel-ept", "intel", "EPT with A/D bits and PML", {"kvm_intel": "ept=1,eptad=1,pml=1"}),
         Kind(
-            "intel-ept-nopml", "intel", "EPT with A/D bits, no PML (kvm_intel.pml=0)", {"kvm_intel": "pml=0"}
+            "intel-ept-nopml",
+            "intel",
+            "EPT with A/D bits, no PML (kvm_intel.pml=0)",
+            {"kvm_intel": "ept=1,eptad=1,pml=0"},
         ),
         Kind(
             "intel-ept-noad",
             "intel",
             "EPT without A/D bits or PML (kvm_intel.eptad=0)",
-            {"kvm_intel": "eptad=0"},
+            {"kvm_intel": "ept=1,eptad=0"},
         ),
         Kind("intel-shadow", "intel", "shadow paging (kvm_intel.ept=0)", {"kvm_intel": "ept=0"}),
     )

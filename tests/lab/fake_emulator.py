@@ -15,7 +15,9 @@ import json, os, sys, time
 from pykvm.lab.channel import Frame, encode
 console, wire = open(sys.argv[1], "ab", 0), open(sys.argv[2], "ab", 0)
 def send(kind, payload=b""): wire.write(encode(kind, payload))
-def ready(**parameters): send(Frame.READY, json.dumps({"kvm": True, "parameters": parameters}).encode())
+def ready(**parameters):
+    parameters = {"kvm": {"tdp_mmu": "Y"}, "kvm_amd": {"npt": "1"}, **parameters}
+    send(Frame.READY, json.dumps({"kvm": True, "parameters": parameters}).encode())
 """
 
 

@@ -180,7 +180,7 @@ def test_a_folder_without_git_has_no_revision(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("amd-npt", ""),
+        ("amd-npt", "its kvm has no parameter tdp_mmu"),
         ("amd-shadow", ""),
         ("amd-npt-oldmmu", "its kvm has no parameter tdp_mmu"),
         ("intel-ept", "the kernel has no module kvm_intel"),
@@ -225,7 +225,7 @@ def test_what_is_known_is_not_run_again(tmp_path: Path) -> None:
 )
 def test_known_cells_run_again_when_asked(tmp_path: Path, again: Again, expected: list[str]) -> None:
     store = Store(Cache(tmp_path / "cache"), "core")
-    kernels = [kernel(tmp_path, f"6.{n}") for n in (1, 2, 3, 4)]
+    kernels = [kernel(tmp_path, f"6.{n}", "tdp_mmu") for n in (1, 2, 3, 4)]
     store.save(saved("6.1"))
     store.save(saved("6.2", state=BEFORE))
     store.save(saved("6.3", cases=(Case("a", "failed"),)))

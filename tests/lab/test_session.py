@@ -388,3 +388,20 @@ def test_an_emulator_adds_module_parameters_to_the_kinds() -> None:
         "kvm": "halt_poll_ns=0",
         "kvm_amd": "npt=0,avic=0",
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "values", "says"),
+    [
+        ("amd-npt", "kvm_amd", {"npt": "0"}, r"kvm_amd\.npt is 0 although 1 was asked for"),
+        ("intel-ept", "kvm_intel", {"ept": "Y", "eptad": "Y", "pml": "N"}, r"kvm_intel\.pml is N"),
+        ("intel-ept-nopml", "kvm_intel", {"ept": "Y", "eptad": "N", "pml": "N"}, r"kvm_intel\.eptad is N"),
+    ],
+)
+def test_what_the_processor_lacks_is_no_kind_either(
+    cache: Cache, tmp_path: Path, name: str, module: str, values: dict[str, str], says: str
+) -> None:
+    """KVM clears a default that its processor cannot do, and such a lab must not pass for the kind."""
+    script = f"ready({module}={values!r}); time.sleep(60)"
+    with pytest.raises(LabDiedError, match=says):
+        session.run(cache, FakeEmulator(script), spec(tmp_path, kind=kind(name)), Taken().sinks())
