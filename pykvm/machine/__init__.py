@@ -30,9 +30,11 @@ from pykvm.machine.protocols import (
     Vcpu,
 )
 from pykvm.machine.statistics import Statistic, Statistics, StatisticType, StatisticUnit
+from pykvm.machine.tracking import MAX_TRACK_COUNT, PageTracking, TrackingMachine, TrackNode
 from pykvm.x86.registers import DescriptorTable, Registers, Segment, SpecialRegisters
 
 __all__ = [
+    "MAX_TRACK_COUNT",
     "DebugStop",
     "DescriptorTable",
     "DirtyPages",
@@ -50,6 +52,7 @@ __all__ = [
     "MemoryFault",
     "MmioRead",
     "MmioWrite",
+    "PageTracking",
     "Registers",
     "RingEntries",
     "RingHarvest",
@@ -65,6 +68,8 @@ __all__ = [
     "Statistics",
     "System",
     "SystemEvent",
+    "TrackNode",
+    "TrackingMachine",
     "UnknownExit",
     "Vcpu",
 ]

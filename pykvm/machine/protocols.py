@@ -99,6 +99,11 @@ class RingHarvest:
         self._batches = batches
 
     @property
+    def batches(self) -> Sequence[tuple[RingEntries, Mapping[int, SlotFrames]]]:
+        """What it was made of, for somebody who knows the slots by other names."""
+        return self._batches
+
+    @property
     def stale(self) -> int:
         """Entries of slots that were deleted or moved after KVM pushed them: they denote nothing any more."""
         return self._resolved[1]
