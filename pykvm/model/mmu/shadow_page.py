@@ -1,0 +1,5 @@
+"""Shadow pages (being written)."""
+
+
+class ShadowPage:
+    """``struct kvm_mmu_page``."""

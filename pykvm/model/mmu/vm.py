@@ -1,0 +1,134 @@
+"""The MMU of a VM: what its parts share, and what the VM's ioctls ask of them."""
+
+from __future__ import annotations
+
+import errno
+from typing import Final
+
+from pykvm.errors import RingOrderError, RingSizeError
+from pykvm.model.mmu.counters import VmCounters
+from pykvm.model.mmu.dirty_log import DirtyLog
+from pykvm.model.mmu.dirty_ring import ENTRY_BYTES, MAX_ENTRIES, MIN_BYTES, DirtyRing
+from pykvm.model.mmu.journal import Journal
+from pykvm.model.mmu.memslots import LOG_DIRTY_PAGES, Change, Memslot, Memslots
+from pykvm.model.mmu.page_track import PageTrack
+from pykvm.model.mmu.profile import Profile
+from pykvm.model.mmu.rmap import Rmap
+from pykvm.model.mmu.shadow_mmu import ShadowMmu
+from pykvm.model.mmu.tables import Tables
+from pykvm.model.mmu.tdp_mmu import TdpMmu
+from pykvm.model.mmu.vcpu import VcpuMmu
+
+_RING: Final = "KVM_ENABLE_CAP(DIRTY_LOG_RING)"
+
+
+class Mmu:
+    """``struct kvm`` as far as memory goes, on a host of the given profile.
+
+    One thread at a time may be inside: the machine around it sees to that.
+    """
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.counters = VmCounters()
+        self.journal: Journal | None = None
+        """Set one to have mechanisms note what they do."""
+        self.vcpus: list[VcpuMmu] = []
+        self.loaded: VcpuMmu | None = None
+        """The vCPU that this thread has loaded (any vCPU ioctl): marks go to its ring."""
+        self.ring_entries = 0
+        self.ring_with_bitmap = False
+        self.memslots = Memslots(profile, self)
+        self.page_track = PageTrack(self)
+        self.dirty_log = DirtyLog(self)
+        self.shadow = ShadowMmu(self)
+        """Shadow pages: of guest tables, and of direct maps where there is no TDP MMU."""
+        self.tdp = TdpMmu(self) if profile.tdp and profile.tdp_mmu else None
+        self.tables: tuple[Tables, ...] = (self.tdp, self.shadow) if self.tdp is not None else (self.shadow,)
+
+    def create_vcpu(self) -> VcpuMmu:
+        """KVM_CREATE_VCPU: with a ring where rings are enabled."""
+        ring = DirtyRing(self.ring_entries, self.profile.reserved_ring_entries) if self.ring_entries else None
+        vcpu = VcpuMmu(self, len(self.vcpus), ring)
+        self.vcpus.append(vcpu)
+        return vcpu
+
+    # --- dirty pages ---------------------------------------------------------------------------------
+
+    def mark_page_dirty(self, slot: Memslot, gfn: int) -> None:
+        """``mark_page_dirty_in_slot`` (3.2): KVM or the guest wrote to the gfn, or may be about to."""
+        vcpu = self.loaded
+        if vcpu is None and not self.profile.marks_without_vcpu:
+            self.dirty_log.lost += 1
+            return
+        if not slot.flags & LOG_DIRTY_PAGES:
+            return
+        if vcpu is not None and vcpu.ring is not None:
+            vcpu.push_dirty(slot.ring_id, gfn - slot.base_gfn)
+            if self.journal is not None:
+                self.journal.note(f"gfn {gfn:#x} is pushed to the ring of vCPU {vcpu.id}", "kvm-mmu.md 4.3")
+        elif slot.dirty_bitmap is not None:
+            slot.dirty_bitmap.mark(gfn - slot.base_gfn)
+            if self.journal is not None:
+                self.journal.note(f"gfn {gfn:#x} is marked in the bitmap of slot {slot.id}", "kvm-mmu.md 3.2")
+        else:
+            self.dirty_log.lost += 1
+
+    def flush_remote_tlbs(self) -> None:
+        """``kvm_flush_remote_tlbs``: every vCPU flushes before it next runs guest code."""
+        self.counters.remote_tlb_flush_requests += 1
+        for vcpu in self.vcpus:
+            vcpu.request_tlb_flush()
+
+    def flush_pml(self) -> None:
+        """``kvm_arch_sync_dirty_log``: kick every vCPU, so that its PML buffer is read."""
+        if self.profile.pml:
+            for vcpu in self.vcpus:
+                vcpu.flush_pml()
+
+    def write_protect_gfn(self, slot: Memslot, gfn: int, min_level: int = 1) -> bool:
+        """``kvm_mmu_slot_gfn_write_protect`` in all tables: whether a flush is due."""
+        flush = False
+        for tables in self.tables:
+            flush |= tables.write_protect_gfn(slot, gfn, min_level)
+        return flush
+
+    def enable_dirty_ring(self, size: int) -> None:
+        """KVM_CAP_DIRTY_LOG_RING with ``size`` in bytes (4.2).  Raises RingSizeError, RingOrderError."""
+        reserved = self.profile.reserved_ring_entries
+        if size == 0 or size & (size - 1):
+            raise RingSizeError(errno.EINVAL, _RING, f"{size} bytes are not a power of two.")
+        if size < reserved * ENTRY_BYTES or size < MIN_BYTES:
+            raise RingSizeError(errno.EINVAL, _RING, f"{size} bytes are too few for this host.")
+        if size > MAX_ENTRIES * ENTRY_BYTES:
+            raise RingSizeError(errno.E2BIG, _RING, f"{size} bytes are more than 1 MiB.")
+        if self.ring_entries or self.vcpus:
+            raise RingOrderError(errno.EINVAL, _RING, "rings are enabled once, before the first vCPU.")
+        self.ring_entries = size // ENTRY_BYTES
+
+    # --- memslots (SlotObserver) ---------------------------------------------------------------------
+
+    def slot_prepared(self, slot: Memslot, change: Change) -> None:
+        if change is not Change.FLAGS_ONLY:
+            slot.rmap = Rmap() if self.shadow.uses_rmaps else None
+            self.page_track.create_memslot(slot)
+        if not slot.logs:
+            slot.dirty_bitmap = None
+        elif slot.dirty_bitmap is None:
+            self.dirty_log.allocate(slot)
+
+    def slot_invalidated(self, slot: Memslot, change: Change) -> None:
+        self.page_track.notify_remove(slot)
+        for tables in self.tables:
+            tables.zap_all_fast()
+
+    def slot_committed(self, slot: Memslot, change: Change, old_flags: int) -> None:
+        for vcpu in self.vcpus:
+            vcpu.forget_mmio()
+        if change in (Change.CREATE, Change.DELETE):
+            self.shadow.memory_resized()
+        if change is Change.FLAGS_ONLY and (slot.flags ^ old_flags) & LOG_DIRTY_PAGES:
+            if slot.logs:
+                self.dirty_log.begin(slot)
+            else:
+                self.dirty_log.end(slot)
