@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import TracebackType
 from typing import Final, Self
 
+from pykvm.crosscheck import snippets
 from pykvm.crosscheck.scenario import CodeGuest, Scenario, TablePlan, WorkloadPlan
 from pykvm.crosscheck.steps import SlotPlan
 from pykvm.errors import ClosedError
@@ -32,20 +33,55 @@ _HANDLER_BYTES: Final = 16
 _IVT_BYTES: Final = 4
 
 
+class MemoryPool:
+    """Guest memories to be used again and again: making one costs more than a small scenario's run."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[GuestMemory]] = {}
+
+    def take(self, size: int) -> GuestMemory:
+        """A zeroed memory of ``size`` bytes."""
+        free = self._free.get(size)
+        if not free:
+            return GuestMemory(size)
+        memory = free.pop()
+        memory.view()[:] = 0
+        return memory
+
+    def put(self, memory: GuestMemory) -> None:
+        """Take it back; no machine uses it any more."""
+        self._free.setdefault(memory.size, []).append(memory)
+
+    def close(self) -> None:
+        """Close what is in the pool."""
+        for memories in self._free.values():
+            for memory in memories:
+                memory.close()
+        self._free.clear()
+
+
 class Rig:
     """A machine with its memories and slots by number; a context manager that closes everything.
 
     ``slots`` keeps deleted slots, too, so that a step on one is refused by the machine.
     """
 
-    def __init__(self, scenario: Scenario, system: System, cpuid: Sequence[CpuidEntry] | None = None) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        system: System,
+        cpuid: Sequence[CpuidEntry] | None = None,
+        pool: MemoryPool | None = None,
+    ) -> None:
         """``cpuid``: the processor that the guest sees; by default the best that the machine offers.
+        ``pool``: where memories come from and go back to.
 
         Raises UsageError for a guest that cannot be built, HostError, KvmError.
         """
         self._scenario = scenario
         self._cpuid = cpuid
         self._system = system
+        self._pool = pool
         self.slots: dict[int, Slot] = {}
         self.memories: list[GuestMemory] = []
         self.machine: Machine = system.create_machine()
@@ -113,7 +149,11 @@ class Rig:
         """Close machine and memories.  Idempotent."""
         self.machine.close()
         for memory in self.memories:
-            memory.close()
+            if self._pool is None:
+                memory.close()
+            else:
+                self._pool.put(memory)
+        self.memories = []
 
     def __enter__(self) -> Self:
         return self
@@ -126,7 +166,7 @@ class Rig:
     # --- inside ----------------------------------------------------------------------------------
 
     def _new_memory(self, size: int) -> GuestMemory:
-        memory = GuestMemory(size)
+        memory = self._pool.take(size) if self._pool is not None else GuestMemory(size)
         self.memories.append(memory)
         # Written once, so that the host has a page of its own everywhere (hosts.md A, untouched memory).
         memory.view()[::PAGE_SIZE] = 0
@@ -157,6 +197,8 @@ class Rig:
             self.memories[0].write(LOAD_ADDRESS, catalog.load(guest.image).image)
         for part in guest.contents:
             self.memories[part.memory].write(part.offset, part.data)
+        if guest.snippets is not None:
+            self.memories[0].write(guest.snippets, snippets.image())
         for plan in guest.slots:
             self.add_slot(plan)
         mode = MODES[guest.vcpus[0].mode]
@@ -166,9 +208,18 @@ class Rig:
             wanted = vcpu.registers
             stack = wanted.rsp & 0xFFFF if mode is BootMode.REAL else wanted.rsp
             state = boot_state(
-                mode, entry=wanted.rip, stack=stack, cpl=vcpu.cpl, cr3=cr3, tables=system, vcpu=number
+                mode,
+                entry=wanted.rip,
+                stack=stack,
+                cpl=vcpu.cpl,
+                cr3=vcpu.controls.cr3 if vcpu.controls else cr3,
+                tables=system,
+                vcpu=number,
             )
             rip = state.registers.rip  # in real mode relative to CS
+            if vcpu.controls is not None:
+                for field in fields(vcpu.controls):
+                    setattr(state.special, field.name, getattr(vcpu.controls, field.name))
             made = self.machine.create_vcpu()
             made.set_cpuid(self.machine.supported_cpuid if self._cpuid is None else self._cpuid)
             replace(state, registers=replace(wanted, rip=rip)).apply(made)
@@ -202,7 +253,7 @@ def build_tables(memory: GuestMemory, guest: CodeGuest) -> tuple[PageTables | No
     stacks = [arena.take() + PAGE_SIZE for _ in guest.vcpus]
     wide = mode in {BootMode.LONG, BootMode.LA57}
     system = SystemTables.build(memory, arena.take, wide=wide, stacks=stacks, handlers=handlers)
-    if mode not in PAGING:
+    if mode not in PAGING or guest.vcpus[0].controls is not None:
         return None, system
     paging = PageTables(PAGING[mode], memory, arena.take)
     for mapping in guest.mappings:

@@ -5,33 +5,41 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from pykvm.crosscheck import snippets
 from pykvm.crosscheck import steps as plan
 from pykvm.crosscheck.abilities import Debuggable, can_single_step, marks_reads
-from pykvm.crosscheck.rig import Rig
+from pykvm.crosscheck.counters import Counters, Peeking
+from pykvm.crosscheck.rig import MemoryPool, Rig
 from pykvm.crosscheck.scenario import CodeGuest, Scenario
 from pykvm.crosscheck.steps import SlotPlan, Step
 from pykvm.crosscheck.trace import Page, StepTrace, Trace, VcpuView
 from pykvm.errors import PykvmError
+from pykvm.guest.boot import change_level
 from pykvm.machine import (
     DebugStop,
     DirtyPages,
     DirtyRingFull,
     Exit,
+    InternalError,
     IoIn,
     IoOut,
+    Machine,
     MmioRead,
     MmioWrite,
+    Registers,
     RingHarvest,
+    Shutdown,
     SlotFlags,
     System,
     Vcpu,
 )
 from pykvm.memory import PAGE_SIZE
+from pykvm.x86.bits import Rflags
 from pykvm.x86.cpuid import CpuidEntry
 
 TIME_LIMIT: Final = 10.0
@@ -40,6 +48,28 @@ _KICK_SECONDS: Final = 0.05
 _WORD_BITS: Final = 64
 _PASSING: Final = (IoOut, MmioWrite)
 """Exits after which a guest goes on by itself."""
+_MOST_EXITS: Final = 64
+"""Exits of one Access: a REP that stores to MMIO makes one for each element."""
+
+
+@runtime_checkable
+class Translating(Protocol):
+    """A vCPU with KVM_TRANSLATE (api.rst 4.15)."""
+
+    def translate(self, linear: int) -> int | None: ...
+
+
+class Watch(NamedTuple):
+    """What is looked at: ``pages`` after each step (else the memories at the end), and KVM's ``counters`` and
+    ring entries after each step."""
+
+    pages: bool = True
+    counters: bool = False
+
+
+PAGES: Final = Watch()
+COUNTERS: Final = Watch(pages=False, counters=True)
+EVERYTHING: Final = Watch(counters=True)
 
 
 def run(
@@ -48,26 +78,41 @@ def run(
     *,
     cpuid: Sequence[CpuidEntry] | None = None,
     seconds: float = TIME_LIMIT,
+    watch: Watch = PAGES,
+    pool: MemoryPool | None = None,
+    inspect: Callable[[Machine, int], None] = lambda machine, step: None,
 ) -> Trace:
     """Run ``scenario`` on a fresh machine of ``system``.
 
-    What the machine refuses becomes part of the trace.  ``cpuid``: see Rig.  After ``seconds`` the vCPUs are
-    kicked and the trace ends.  Raises UsageError for a guest that cannot be built, HostError and KvmError
-    for a machine that cannot be made.
+    What the machine refuses becomes part of the trace.  ``cpuid``, ``pool``: see Rig.  After ``seconds`` the
+    vCPUs are kicked and the trace ends.  ``inspect`` is called with the machine before the first step (-1)
+    and after each.  Raises UsageError for a guest that cannot be built, HostError and KvmError for a machine
+    that cannot be made.
     """
-    with Rig(scenario, system, cpuid) as rig:
-        return _Run(scenario, rig, system).run(seconds)
+    with Rig(scenario, system, cpuid, pool) as rig:
+        return _Run(scenario, rig, system, watch, inspect).run(seconds)
 
 
 class _Run:
     """One run; what the step at hand did is gathered in the attributes."""
 
-    def __init__(self, scenario: Scenario, rig: Rig, system: System) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        rig: Rig,
+        system: System,
+        watch: Watch,
+        inspect: Callable[[Machine, int], None],
+    ) -> None:
         self._scenario = scenario
         self._rig = rig
         self._system = system
+        self._watch = watch
+        self._inspect = inspect
         self._overdue = False
-        self._before = [memory.view().copy() for memory in rig.memories]
+        self._before = [memory.view().copy() for memory in rig.memories] if watch.pages else []
+        self._read_counters = Counters(rig.machine).read if watch.counters else dict
+        self._peeked = [0] * len(rig.machine.vcpus)
         self._taken = DirtyPages()
         """What was harvested because a ring was full, for the next Harvest."""
         self._begin_step()
@@ -78,22 +123,40 @@ class _Run:
         self._dirty: DirtyPages | None = None
         self._ring: list[tuple[int, int, int]] = []
         self._statistics: dict[str, int] = {}
+        self._pushed: list[tuple[int, int, int]] = []
+        self._translated: int | None = None
 
     def run(self, seconds: float) -> Trace:
         start = self._slots()
-        done = []
+        counters = self._read_counters()
+        self._inspect(self._rig.machine, -1)
+        done: list[StepTrace] = []
         with self._watchdog(seconds):
             for number, step in enumerate(self._scenario.steps):
                 done.append(self._step(number, step))
-                if done[-1].ends:
+                self._inspect(self._rig.machine, number)
+                if done[-1].ends or (self._watch.counters and self._is_over()):
                     break
         return Trace(
             self._rig.machine.backend,
             self._scenario,
             start,
             tuple(done),
-            marks_reads=marks_reads(self._system, *self._mode()),
+            marks_reads=not self._watch.counters and marks_reads(self._system, *self._mode()),
+            counters=counters,
+            final=tuple(bytes(memory.view()) for memory in self._rig.memories)
+            if self._watch.counters
+            else (),
         )
+
+    def _final(self) -> tuple[bytes, ...]:
+        if not self._watch.counters:
+            return ()
+        return tuple(bytes(memory.view()) for memory in self._rig.memories)
+
+    def _is_over(self) -> bool:
+        """Whether a vCPU is dead: after a shutdown or an internal error hosts differ in what it can do yet."""
+        return any(isinstance(reason, Shutdown | InternalError) for reason in self._exits)
 
     def _mode(self, vcpu: int = 0) -> tuple[str, int]:
         """The mode and CPL that a vCPU started in."""
@@ -129,6 +192,8 @@ class _Run:
             _DO[type(step)](self, step)
         except PykvmError as error:
             refused, message = type(error).__name__, str(error)
+        if self._watch.counters:
+            self._peek()
         return StepTrace(
             number=number,
             step=step,
@@ -143,9 +208,12 @@ class _Run:
                 VcpuView(vcpu.get_registers(), vcpu.get_special_registers())
                 for vcpu in self._rig.machine.vcpus
             ),
-            changed=self._changes(),
+            changed=self._changes() if self._watch.pages else {},
             slots=self._slots(),
             statistics=self._statistics,
+            pushed=tuple(self._pushed),
+            counters=self._read_counters(),
+            translated=self._translated,
         )
 
     # --- looking ---------------------------------------------------------------------------------
@@ -185,6 +253,9 @@ class _Run:
         while True:
             reason = vcpu.run()
             if isinstance(reason, DirtyRingFull) and not self._overdue:
+                if self._watch.counters:
+                    self._exits.append(reason)
+                    self._peek()
                 self._note(self._rig.machine.collect_rings())
                 continue
             return reason
@@ -194,6 +265,17 @@ class _Run:
             pairs = zip(entries.slots.tolist(), entries.offsets.tolist(), strict=True)
             self._ring += [(entries.vcpu, slot, offset) for slot, offset in pairs]
         self._taken |= harvest.pages
+
+    def _peek(self) -> None:
+        """Note what the vCPUs pushed since the last look."""
+        if not self._rig.machine.ring_entries:
+            return
+        for number, vcpu in enumerate(self._rig.machine.vcpus):
+            if isinstance(vcpu, Peeking):
+                entries, self._peeked[number] = vcpu.peek_ring(self._peeked[number])
+                if entries is not None:
+                    pairs = zip(entries.slots.tolist(), entries.offsets.tolist(), strict=True)
+                    self._pushed += [(number, slot, offset) for slot, offset in pairs]
 
     def _answered(self, vcpu: Vcpu, reason: Exit, fill: int | None) -> bool:
         """Whether the exit was a question and has its answer now."""
@@ -236,6 +318,47 @@ class _Run:
 
     def _do_set_registers(self, step: plan.SetRegisters) -> None:
         self._vcpu(step.vcpu).set_registers(step.registers)
+
+    def _do_set_controls(self, step: plan.SetControls) -> None:
+        vcpu = self._vcpu(step.vcpu)
+        special = vcpu.get_special_registers()
+        for name in ("cr0", "cr3", "cr4", "efer"):
+            value = getattr(step, name)
+            if value is not None:
+                setattr(special, name, value)
+        vcpu.set_special_registers(special)
+
+    def _do_access(self, step: plan.Access) -> None:
+        guest = self._scenario.guest
+        assert isinstance(guest, CodeGuest), "the scenario was checked"
+        assert guest.snippets is not None, "the scenario was checked"
+        vcpu = self._vcpu(step.vcpu)
+        special = vcpu.get_special_registers()
+        if special.ss.dpl != step.cpl:
+            change_level(special, step.cpl)
+            vcpu.set_special_registers(special)
+        vcpu.set_registers(
+            Registers(
+                rip=guest.snippets + snippets.place(step.snippet),
+                rdi=step.address,
+                rax=step.value,
+                rcx=step.count,
+                rsi=step.second,
+                rflags=Rflags.FIXED | (Rflags.IF if step.cpl else 0),
+            )
+        )
+        while len(self._exits) < _MOST_EXITS and not self._overdue:
+            reason = self._next_exit(vcpu)
+            self._exits.append(reason)
+            if not self._answered(vcpu, reason, 0) and not isinstance(reason, MmioWrite):
+                return
+
+    def _do_translate(self, step: plan.Translate) -> None:
+        vcpu = self._vcpu(step.vcpu)
+        if not isinstance(vcpu, Translating):
+            self._impossible = "this machine has no KVM_TRANSLATE"
+            return
+        self._translated = vcpu.translate(step.linear)
 
     # --- the log ---------------------------------------------------------------------------------
 
@@ -296,6 +419,9 @@ _DO: Final[dict[type[Any], Callable[[_Run, Any], None]]] = {
     plan.SingleStep: _Run._do_single_step,
     plan.Answer: _Run._do_answer,
     plan.SetRegisters: _Run._do_set_registers,
+    plan.SetControls: _Run._do_set_controls,
+    plan.Access: _Run._do_access,
+    plan.Translate: _Run._do_translate,
     plan.Logging: _Run._do_logging,
     plan.Collect: _Run._do_collect,
     plan.Clear: _Run._do_clear,

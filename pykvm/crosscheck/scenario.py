@@ -19,6 +19,7 @@ from pykvm.crosscheck.steps import (
     REGISTERS,
     SLOT_PLAN,
     STEPS,
+    Access,
     AddSlot,
     HostWrite,
     SlotPlan,
@@ -64,15 +65,27 @@ class Mapping:
 
 
 @dataclass(frozen=True, slots=True)
+class Controls:
+    """Control registers to start with."""
+
+    cr0: int
+    cr3: int
+    cr4: int
+    efer: int
+
+
+@dataclass(frozen=True, slots=True)
 class VcpuPlan:
     """A vCPU's start: ``mode`` is a key of ``pykvm.guest.modes.MODES``.
 
-    In real mode RIP is the linear address of the first instruction, below 1 MiB.
+    In real mode RIP is the linear address of the first instruction, below 1 MiB.  ``controls`` are the
+    control registers instead of the mode's; the page tables are those that the contents hold.
     """
 
     mode: str
     cpl: int
     registers: Registers
+    controls: Controls | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +103,11 @@ class TablePlan:
 
 @dataclass(frozen=True, slots=True)
 class CodeGuest:
-    """A guest from bytes.  ``image`` names a mode test of the catalogue, loaded at its usual address."""
+    """A guest from bytes.  ``image`` names a mode test of the catalogue, loaded at its usual address.
+
+    ``snippets``: the page of memory 0 for the snippets of ``Access`` steps, at which the guest's linear
+    addresses show it, too.
+    """
 
     memories: tuple[int, ...]
     slots: tuple[SlotPlan, ...]
@@ -99,6 +116,7 @@ class CodeGuest:
     tables: TablePlan | None = None
     mappings: tuple[Mapping, ...] = ()
     image: str | None = None
+    snippets: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +172,7 @@ class Scenario:
     def from_json(cls, data: object) -> Self:
         """The inverse.  Raises UsageError, naming the member, for anything that cannot be a scenario."""
         scenario = cls(**_SCENARIO(data, "scenario"))
-        _check(scenario)
+        check(scenario)
         return scenario
 
     def save(self, path: Path) -> None:
@@ -166,6 +184,7 @@ class Scenario:
 
 _U16, _U32, _U64 = unsigned(16), unsigned(32), unsigned(64)
 _CPL: Final = unsigned(2)
+_CONTROLS: Final = record(Controls, dict.fromkeys(("cr0", "cr3", "cr4", "efer"), _U64))
 _CODE: Final[Decoder[CodeGuest | WorkloadPlan]] = record(
     CodeGuest,
     {
@@ -173,7 +192,17 @@ _CODE: Final[Decoder[CodeGuest | WorkloadPlan]] = record(
         "slots": sequence(SLOT_PLAN, 256),
         "contents": sequence(record(Contents, {"memory": MEMORY_INDEX, "offset": _U64, "data": BYTES}), 1024),
         "vcpus": sequence(
-            record(VcpuPlan, {"mode": choice(*MODES), "cpl": _CPL, "registers": REGISTERS}), MAX_VCPUS, 1
+            record(
+                VcpuPlan,
+                {
+                    "mode": choice(*MODES),
+                    "cpl": _CPL,
+                    "registers": REGISTERS,
+                    "controls": optional(_CONTROLS),
+                },
+            ),
+            MAX_VCPUS,
+            1,
         ),
         "tables": optional(
             record(TablePlan, {"start": _U64, "pages": unsigned(16), "handlers": optional(_U64)})
@@ -186,6 +215,7 @@ _CODE: Final[Decoder[CodeGuest | WorkloadPlan]] = record(
             1024,
         ),
         "image": optional(choice(*MODES)),
+        "snippets": optional(_U64),
     },
 )
 _WORKLOAD: Final[Decoder[CodeGuest | WorkloadPlan]] = record(
@@ -219,7 +249,7 @@ _SCENARIO: Final = record(
 # --- whether the parts fit each other ------------------------------------------------------------
 
 
-def _check(scenario: Scenario) -> None:
+def check(scenario: Scenario) -> None:
     """Raise UsageError for a member that names what does not exist or lies outside."""
     guest = scenario.guest
     if isinstance(guest, WorkloadPlan):
@@ -234,6 +264,7 @@ def _check(scenario: Scenario) -> None:
         sizes = guest.memories
         slots, vcpus = {plan.slot for plan in guest.slots}, len(guest.vcpus)
         _check_code(guest)
+    snippets = isinstance(guest, CodeGuest) and guest.snippets is not None
     for number, step in enumerate(scenario.steps):
         path = f"scenario.steps[{number}]"
         if isinstance(step, AddSlot):
@@ -243,6 +274,8 @@ def _check(scenario: Scenario) -> None:
             _check_range(sizes, step.memory, step.offset, len(step.data), path)
         elif getattr(step, "slot", None) not in {None, *slots}:
             raise UsageError(f"{path}.slot names a slot that no earlier step created.")
+        if isinstance(step, Access) and not snippets:
+            raise UsageError(f"{path} needs a guest with a page for snippets (scenario.guest.snippets).")
         if not 0 <= getattr(step, "vcpu", 0) < vcpus:
             raise UsageError(f"{path}.vcpu must be below {vcpus}, the number of vCPUs.")
 
@@ -269,6 +302,15 @@ def _check_code(guest: CodeGuest) -> None:
         raise UsageError("scenario.guest.tables may be null only if all vCPUs are in real mode.")
     if len({vcpu.mode for vcpu in guest.vcpus}) > 1:
         raise UsageError("scenario.guest.vcpus must all have the same mode.")
+    if guest.snippets is not None:
+        if guest.snippets % PAGE_SIZE or guest.vcpus[0].mode != "long":
+            raise UsageError("scenario.guest.snippets must be a multiple of 4096, and the mode long.")
+        _check_range(guest.memories, 0, guest.snippets, PAGE_SIZE, "scenario.guest.snippets")
+    own = {vcpu.controls is not None for vcpu in guest.vcpus}
+    if True in own and (False in own or guest.mappings):
+        raise UsageError(
+            "scenario.guest.vcpus[].controls must be given for all vCPUs or none, and then without mappings."
+        )
 
 
 def _check_slot(plan: SlotPlan, sizes: tuple[int, ...], path: str) -> None:

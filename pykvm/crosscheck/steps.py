@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Final
 
+from pykvm.crosscheck.snippets import SNIPPETS
 from pykvm.machine import Registers, SlotFlags
 from pykvm.machine.codec import (
     Decoder,
     boolean,
+    choice,
     encode,
     octets,
     optional,
@@ -83,6 +85,45 @@ class SetRegisters:
     kind: ClassVar[str] = "set_registers"
     vcpu: int
     registers: Registers
+
+
+@dataclass(frozen=True, slots=True)
+class SetControls:
+    """Give a vCPU these control registers (KVM_SET_SREGS); None leaves one as it is."""
+
+    kind: ClassVar[str] = "set_controls"
+    vcpu: int = 0
+    cr0: int | None = None
+    cr3: int | None = None
+    cr4: int | None = None
+    efer: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Run one of the guest's snippets (pykvm.crosscheck.snippets) at ``cpl``, up to its OUT.
+
+    RDI is ``address``, RAX ``value``, RCX ``count``, RSI ``second``.  It ends with the OUT, of the snippet or
+    of a handler; stores to MMIO pass on the way, loads from there get zeros.
+    """
+
+    kind: ClassVar[str] = "access"
+    snippet: str
+    address: int
+    value: int = 0
+    count: int = 0
+    second: int = 0
+    cpl: int = 3
+    vcpu: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Translate:
+    """KVM_TRANSLATE of a linear address by a vCPU's tables."""
+
+    kind: ClassVar[str] = "translate"
+    linear: int
+    vcpu: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +226,9 @@ Step = (
     | SingleStep
     | Answer
     | SetRegisters
+    | SetControls
+    | Access
+    | Translate
     | Logging
     | Collect
     | Clear
@@ -228,6 +272,10 @@ _MEMBERS: Final[dict[Any, dict[str, Decoder[Any]]]] = {
     SingleStep: {"vcpu": _VCPU, "instructions": unsigned(16), "fill": optional(unsigned(8))},
     Answer: {"vcpu": _VCPU, "data": octets(0, 1 << 16)},
     SetRegisters: {"vcpu": _VCPU, "registers": REGISTERS},
+    SetControls: {"vcpu": _VCPU} | dict.fromkeys(("cr0", "cr3", "cr4", "efer"), optional(_U64)),
+    Access: {"snippet": choice(*SNIPPETS), "cpl": unsigned(2), "vcpu": _VCPU}
+    | dict.fromkeys(("address", "value", "count", "second"), _U64),
+    Translate: {"linear": _U64, "vcpu": _VCPU},
     Logging: {"slot": _SLOT, "on": boolean},
     Collect: {"slot": _SLOT},
     Clear: {"slot": _SLOT, "first_page": _U64, "pages": _U32, "marks": optional(BYTES)},
@@ -248,6 +296,11 @@ STEP: Final[Decoder[Step]] = tagged(
 STEPS: Final = sequence(STEP, 10_000)
 
 
+_HEXADECIMAL: Final = frozenset(
+    {"gpa", "offset", "address", "value", "second", "linear", "cr0", "cr3", "cr4", "efer"}
+)
+
+
 def describe(step: Step) -> str:
     """The step in a line, for people: its kind and its members."""
     parts = []
@@ -257,7 +310,7 @@ def describe(step: Step) -> str:
             value = value.hex() if len(value) <= 16 else f"{len(value)} bytes"
         elif isinstance(value, Registers):
             value = f"rip={value.rip:#x}"
-        elif field.name in {"gpa", "offset"}:
+        elif field.name in _HEXADECIMAL and value is not None:
             value = f"{value:#x}"
         parts.append(f"{field.name}={value}")
     return " ".join([step.kind, *parts])

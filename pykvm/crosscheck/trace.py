@@ -30,6 +30,9 @@ class StepTrace:
     ``dirty``: what Collect or Harvest reported.  ``ring``: the entries harvested during the step, each
     (vCPU, slot, page offset), also those taken because a ring was full.  ``changed``: contents of the pages
     that differ from before the step.  ``slots``: the live slots after the step.
+
+    Only where counters are watched: ``pushed`` are the ring entries that the vCPUs pushed during the step,
+    and ``counters`` the deterministic ones after it.
     """
 
     number: int
@@ -45,6 +48,10 @@ class StepTrace:
     changed: Mapping[Page, bytes]
     slots: tuple[SlotPlan, ...]
     statistics: Mapping[str, int] = field(default_factory=dict)
+    pushed: tuple[tuple[int, int, int], ...] = ()
+    counters: Mapping[str, int] = field(default_factory=dict)
+    translated: int | None = None
+    """What Translate found."""
 
     @property
     def ends(self) -> bool:
@@ -57,7 +64,8 @@ class Trace:
     """A scenario's run on one machine.
 
     ``start``: the live slots before the first step.  ``marks_reads``: whether this machine's log also names
-    pages that were only read (pykvm.crosscheck.abilities).
+    pages that were only read (pykvm.crosscheck.abilities).  Only where counters are watched: ``counters``
+    are those before the first step, ``final`` the memories after the last one.
     """
 
     backend: str
@@ -65,3 +73,5 @@ class Trace:
     start: tuple[SlotPlan, ...]
     steps: tuple[StepTrace, ...]
     marks_reads: bool = False
+    counters: Mapping[str, int] = field(default_factory=dict)
+    final: tuple[bytes, ...] = ()

@@ -247,3 +247,11 @@ def _control(mode: BootMode, cr3: int) -> tuple[int, int, int, int]:
     if mode is BootMode.LA57:
         cr4 |= Cr4.LA57
     return cr0, cr3, cr4, efer
+
+
+def change_level(special: SpecialRegisters, cpl: int) -> None:
+    """Make ``special``, of a vCPU in 64-bit code, code and stack segments of ``cpl`` (0 or 3) with the
+    selectors that SystemTables has descriptors for; the data segments stay."""
+    flat = _flat_segments()
+    special.cs = flat[CODE64_USER if cpl else CODE64]
+    special.ss = flat[DATA_USER if cpl else DATA]

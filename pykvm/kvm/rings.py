@@ -104,6 +104,24 @@ class VcpuRing:
             self.overrun()
         return RingEntries(vcpu_id, self._slots[:n].copy(), self._offsets[:n].copy())
 
+    def peek(self, vcpu_id: int, since: int) -> tuple[RingEntries | None, int]:
+        """The entries from the ``since``-th that KVM ever pushed on, as far as nobody took them yet, without
+        taking them; and how many it pushed altogether.  For a vCPU that is outside the guest."""
+        ring = self._entries
+        if ring is None:
+            return None, since
+        dirty, size = lib.KVM_DIRTY_GFN_F_DIRTY, self.entries
+        begin = end = max(since, self.head)
+        while (
+            end - self.head < size and ring[end % size].flags & (dirty | lib.KVM_DIRTY_GFN_F_RESET) == dirty
+        ):
+            end += 1
+        found = [ring[index % size] for index in range(begin, end)]
+        if not found:
+            return None, end
+        slots = np.array([entry.slot for entry in found], dtype=np.uint32)
+        return RingEntries(vcpu_id, slots, np.array([entry.offset for entry in found], dtype=np.uint64)), end
+
     # --- after an overflow -----------------------------------------------------------------------
 
     def is_short(self) -> bool:

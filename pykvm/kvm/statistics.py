@@ -43,6 +43,7 @@ class StatisticsFd(Managed):
         super().__init__(self.new_handle(fd))
         self._lock = threading.Lock()
         self._layout: tuple[str, list[_Entry], int, int] | None = None
+        self._single: tuple[list[str], list[int]] | None = None
 
     def snapshot(self) -> Statistics:
         """All values now, in one read; values that KVM changes meanwhile may be from slightly different
@@ -67,6 +68,20 @@ class StatisticsFd(Managed):
                 for e in entries
             },
         )
+
+    def counters(self) -> dict[str, int]:
+        """The statistics that are single values, by name: as ``snapshot``, but about ten times as fast."""
+        with self._lock:
+            if self._layout is None:
+                self._layout = self._read_layout()
+            _, entries, start, size = self._layout
+            if self._single is None:
+                single = [entry for entry in entries if entry.values.size == 8]
+                self._single = [entry.name for entry in single], [entry.offset // 8 for entry in single]
+            data = self._read(start, size)
+        names, places = self._single
+        values = memoryview(data)[: size & ~7].cast("Q")
+        return dict(zip(names, [values[place] for place in places], strict=True))
 
     def _read_layout(self) -> tuple[str, list[_Entry], int, int]:
         _, name_size, count, id_offset, desc_offset, data_offset = _HEADER.unpack(self._read(0, _HEADER.size))
@@ -135,10 +150,17 @@ class Measured(Managed):
 
     def statistics(self) -> Statistics:
         """A snapshot (api.rst 4.133); also while vCPUs run.  Raises CapabilityError, ClosedError."""
+        return self._kept_statistics().snapshot()
+
+    def counters(self) -> dict[str, int]:
+        """The statistics that are single values, by name; fast enough to be read after every step."""
+        return self._kept_statistics().counters()
+
+    def _kept_statistics(self) -> StatisticsFd:
         with self._statistics_lock:
             if self._statistics is None:
                 self._statistics = self.open_statistics()
-        return self._statistics.snapshot()
+            return self._statistics
 
     def close_statistics(self) -> None:
         """Close the descriptor behind ``statistics``."""

@@ -23,6 +23,7 @@ from pykvm.machine.exits import Exit, IoIn, IoOut, Kicked, MmioRead
 if TYPE_CHECKING:
     from pykvm.abi.library import CData
     from pykvm.kvm.vm import KvmVm
+    from pykvm.machine.protocols import RingEntries
 
 _run = lib.pykvm_vcpu_run
 _PACKED_IO = lib.PYKVM_RUN_PACKED_IO
@@ -185,6 +186,13 @@ class KvmVcpu(VcpuSnapshot, VcpuCoalesced, VcpuDebug, VcpuSync, VcpuStatistics, 
     def swallowed(self) -> int:
         """Port accesses that were answered without Python, since nobody listens there."""
         return int(self._state.swallowed)
+
+    def peek_ring(self, since: int) -> tuple[RingEntries | None, int]:
+        """Entries of the ring that nobody took yet, from the ``since``-th push on, and the number of pushes.
+
+        Takes nothing out, so that it changes nothing; the vCPU must be outside the guest.
+        """
+        return self.ring.peek(self.id, since) if self.ring is not None else (None, since)
 
     def take_ring_full(self) -> bool:
         """Whether the last exit was DirtyRingFull; true once for each of them.
