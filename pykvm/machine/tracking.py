@@ -34,7 +34,7 @@ class PageTracking(Protocol):
     """A machine that tracks writes page by page."""
 
     def track_add_gfn(self, gfn: int) -> None:
-        """Track the page: when this returns, no write to it stays unreported.  Counted, by everybody together.
+        """Track the page: once this returns, no write to it stays unreported.  Everybody counts together.
 
         Raises SlotAbsentError (EINVAL) for a gfn without a slot, UsageError beyond MAX_TRACK_COUNT.
         """
