@@ -1,8 +1,11 @@
 """Do two machines agree about a scenario?  The first difference, in words.
 
-Levels: L0 safe (every page that changed is reported), L1 set (the reported sets are equal), L4 state
-(exits, registers, memory and refusals are identical).  L2 (order of ring entries) and L3 (counters) need
-KVM's own MMU in the model and are refused.
+Levels: L0 safe (every page that changed is reported), L1 set (the reported sets are equal), L2 order (ring
+entries are equal, in order and with repeats), L3 counters (KVM's deterministic counters are equal after each
+step), L4 state (exits, registers, memory and refusals are identical).
+
+L0, L1 and L4 hold the architecture against a KVM.  L2 and L3 hold a model of KVM's own MMU, of a profile,
+against that KVM: each includes the levels before it, without excuses, and L3 also what L4 compares.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from enum import Enum
 from itertools import zip_longest
 from typing import Final
 
+from pykvm.crosscheck.counters import differing, rule_of
 from pykvm.crosscheck.emulated_steps import tcg_bug
 from pykvm.crosscheck.loss import first_loss
 from pykvm.crosscheck.rules import comparable, excusing, may_stand, same_exit
@@ -25,6 +29,10 @@ from pykvm.memory import PAGE_SIZE
 
 _EMULATION: Final = 1
 """The suberror of KVM_EXIT_INTERNAL_ERROR for an instruction that KVM's emulator lacks."""
+
+
+_MOST_ENTRIES: Final = 12
+"""Ring entries that a difference shows."""
 
 
 class Level(Enum):
@@ -81,17 +89,20 @@ Result = Agreement | Difference
 def compare(first: Trace, second: Trace, level: Level) -> Result:
     """Whether two traces of one scenario agree at ``level``, or the first difference.
 
-    Raises UsageError for traces of different scenarios, and for L2 and L3.
+    Raises UsageError for traces of different scenarios, and for L2 and L3 of traces without counters.
     """
-    if level in {Level.L2, Level.L3}:
-        raise UsageError(
-            f"Level {level.value} needs a model of KVM's own MMU, which this version does not have; "
-            "use L0, L1 or L4."
-        )
     if first.scenario != second.scenario:
         raise UsageError("The traces are of different scenarios; run one scenario on both machines.")
+    if level in {Level.L2, Level.L3} and not (first.counters and second.counters):
+        raise UsageError(f"Level {level.value} needs traces with counters: run with Watch(counters=True).")
     common, note = _comparable_steps(first, second)
-    compared = {Level.L0: _compare_losses, Level.L1: _compare_sets, Level.L4: _compare_states}[level]
+    compared = {
+        Level.L0: _compare_losses,
+        Level.L1: _compare_sets,
+        Level.L2: _compare_orders,
+        Level.L3: _compare_counters,
+        Level.L4: _compare_states,
+    }[level]
     for difference in compared(first, second, common):
         return difference
     return Agreement(common, note)
@@ -180,6 +191,96 @@ def _compare_sets(first: Trace, second: Trace, common: int) -> Iterator[Differen
         slots = one.slots
 
 
+# --- L2 and L3 -----------------------------------------------------------------------------------
+
+
+def _compare_orders(first: Trace, second: Trace, common: int) -> Iterator[Difference]:
+    for number in range(common):
+        yield from _compare_refusals(Level.L2, first, second, number)
+        yield from _compare_marks(first, second, number)
+
+
+def _compare_counters(first: Trace, second: Trace, common: int) -> Iterator[Difference]:
+    before = first.counters, second.counters
+    for name in differing(*before):
+        values = str(before[0][name]), str(before[1][name])
+        step = "before the first step"
+        machines = first.backend, second.backend
+        yield Difference(Level.L3, 0, step, _counter_name(name), machines, values, rule_of(name))
+    last: dict[int, Exit] = {}
+    for number in range(common):
+        yield from _compare_refusals(Level.L3, first, second, number)
+        one, other = first.steps[number], second.steps[number]
+        if one.exits:
+            last[getattr(one.step, "vcpu", 0)] = one.exits[-1]
+        for what, values, rule in _state_differences(one, other, last):
+            yield _difference(Level.L4, (first, second), number, what, values, rule)
+        yield from _compare_marks(first, second, number)
+        for name in differing(one.counters, other.counters):
+            words = [
+                f"{step.counters[name]} ({step.counters[name] - old[name]:+d} in this step)"
+                for step, old in zip((one, other), before, strict=True)
+            ]
+            what, values = _counter_name(name), (words[0], words[1])
+            yield _difference(Level.L3, (first, second), number, what, values, rule_of(name))
+        before = one.counters, other.counters
+    if common and common == len(first.steps) == len(second.steps) and first.final != second.final:
+        for what, values in _final_differences(first, second):
+            rule = "SDM vol. 2; the step that wrote it shows with pykvm replay --steps"
+            yield _difference(Level.L4, (first, second), common - 1, what, values, rule)
+
+
+def _counter_name(name: str) -> str:
+    source, _, counter = name.partition(".")
+    return f"{counter} of {'the machine' if source == 'machine' else source.replace('vcpu', 'vCPU ')}"
+
+
+def _compare_marks(first: Trace, second: Trace, number: int) -> Iterator[Difference]:
+    """What the logs say, exactly: there are no excuses for a model of KVM's own MMU."""
+    traces, one, other = (first, second), first.steps[number], second.steps[number]
+    for what, entries in (("pushed", (one.pushed, other.pushed)), ("harvested", (one.ring, other.ring))):
+        if entries[0] != entries[1]:
+            values = _entries_apart(*entries)
+            yield _difference(
+                Level.L2, traces, number, f"ring entries {what}", values, "kvm-mmu.md 5.2 and hosts.md B.0"
+            )
+    if one.dirty is None or other.dirty is None:
+        return
+    for here, more, less in ((0, one.dirty, other.dirty), (1, other.dirty, one.dirty)):
+        for slot, gfn in more - less:
+            words = ("reported", "not reported")
+            values = words[here], words[1 - here]
+            what = f"gfn {gfn:#x} of slot {slot}"
+            yield _difference(Level.L1, traces, number, what, values, "kvm-mmu.md 5: what marks a page")
+
+
+def _entries_apart(
+    one: tuple[tuple[int, int, int], ...], other: tuple[tuple[int, int, int], ...]
+) -> tuple[str, str]:
+    """Both lists in words, from where they differ on."""
+    at = next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
+    texts = []
+    for entries in (one, other):
+        shown = " ".join(f"{slot}:{offset:#x}" for _, slot, offset in entries[at : at + _MOST_ENTRIES])
+        more = len(entries) - at - _MOST_ENTRIES
+        texts.append(
+            f"{len(entries)}, from number {at} on [{shown}{f' and {more} more' if more > 0 else ''}]"
+        )
+    return texts[0], texts[1]
+
+
+def _final_differences(first: Trace, second: Trace) -> Iterator[tuple[str, tuple[str, str]]]:
+    for memory, (one, other) in enumerate(zip(first.final, second.final, strict=True)):
+        if one == other:
+            continue
+        for at in range(0, len(one), PAGE_SIZE):
+            pages = one[at : at + PAGE_SIZE], other[at : at + PAGE_SIZE]
+            if pages[0] != pages[1]:
+                yield _memory_difference((memory, at // PAGE_SIZE), *pages)
+
+
 # --- L4 ------------------------------------------------------------------------------------------
 
 
@@ -213,6 +314,8 @@ def _state_differences(
     for index, (a, b) in enumerate(zip_longest(one.exits, other.exits)):
         if not same_exit(a, b):
             yield f"exit {index}", (str(a or "none"), str(b or "none")), "hosts.md C.3: exits of a guest"
+    if one.vcpus == other.vcpus and one.changed == other.changed and one.translated == other.translated:
+        return
     for number, views in enumerate(zip(one.vcpus, other.vcpus, strict=True)):
         left, right = (comparable(view) for view in views)
         if may_stand(last.get(number), views[0].registers, views[1].registers):
@@ -220,6 +323,11 @@ def _state_differences(
         for name in (*left, *right):
             if left.get(name) != right.get(name):
                 yield f"{name} of vCPU {number}", (_hex(left.get(name)), _hex(right.get(name))), "SDM vol. 2"
+    if one.translated != other.translated:
+        values = tuple(
+            "nothing" if each is None else f"{each:#x}" for each in (one.translated, other.translated)
+        )
+        yield "translation", (values[0], values[1]), "api.rst 4.15"
     for page in sorted({*one.changed, *other.changed}):
         contents = one.changed.get(page), other.changed.get(page)
         if contents[0] != contents[1]:

@@ -155,7 +155,7 @@ class _Run:
         return tuple(bytes(memory.view()) for memory in self._rig.memories)
 
     def _is_over(self) -> bool:
-        """Whether a vCPU is dead: after a shutdown or an internal error hosts differ in what it can do yet."""
+        """Whether a vCPU is dead: what one can do yet after a shutdown or an internal error differs."""
         return any(isinstance(reason, Shutdown | InternalError) for reason in self._exits)
 
     def _mode(self, vcpu: int = 0) -> tuple[str, int]:
