@@ -1,7 +1,7 @@
 """The write-tracker on real KVM and on the model, at CPL 3 and CPL 0: the same notifications, and no others.
 
-What must be reported follows from the instruction: its destination operand, what it stores there (SDM vol. 2),
-and the pieces that docs/write-tracking.md promises.
+What must be reported follows from the instruction: its destination operand, what it stores there (SDM
+vol. 2), and the pieces that docs/write-tracking.md promises.
 """
 
 from __future__ import annotations
