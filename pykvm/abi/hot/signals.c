@@ -79,7 +79,9 @@ int pykvm_signals_watch(struct pykvm_run_page *run)
 
     if (now - here_looked >= LOOK_AGAIN) {
         here_looked = now;
-        here_arrived |= look();
+        /* Not |=: a signal between its load and its store would be forgotten. */
+        if (look())
+            here_arrived = 1;
     }
     here_run = run;
     return here_arrived;
