@@ -6,10 +6,10 @@ cannot stay unnoticed.  Evidence: docs/reference/hosts.md, section A; meanings: 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol, runtime_checkable
 
-from pykvm.machine import Machine, Statistics, Vcpu
+from pykvm.machine import Machine, Vcpu
 from pykvm.machine.protocols import RingEntries
 
 DETERMINISTIC: Final[Mapping[str, str]] = {
@@ -98,30 +98,33 @@ class Peeking(Protocol):
         were pushed altogether."""
 
 
-def _values(source: Counting | Machine | Vcpu) -> Mapping[str, int]:
-    if isinstance(source, Counting):
-        return source.counters()
-    statistics: Statistics = source.statistics()
-    return {name: statistics.value(name) for name in statistics}
-
-
 class Counters:
     """Reads the deterministic counters of a machine and its vCPUs, as cheaply as they allow."""
 
     def __init__(self, machine: Machine) -> None:
-        self._sources: list[tuple[str, Machine | Vcpu]] = [
+        sources: list[tuple[str, Machine | Vcpu]] = [
             ("machine", machine),
             *((f"vcpu{number}", vcpu) for number, vcpu in enumerate(machine.vcpus)),
+        ]
+        self._sources = [
+            (_reader(source), {name: f"{prefix}.{name}" for name in DETERMINISTIC})
+            for prefix, source in sources
         ]
 
     def read(self) -> dict[str, int]:
         """By name, ``machine.pages_4k`` or ``vcpu0.pf_taken``."""
         return {
-            f"{prefix}.{name}": value
-            for prefix, source in self._sources
-            for name, value in _values(source).items()
-            if name in DETERMINISTIC
+            names[name]: value
+            for read, names in self._sources
+            for name, value in read().items()
+            if name in names
         }
+
+
+def _reader(source: Machine | Vcpu) -> Callable[[], Mapping[str, int]]:
+    if isinstance(source, Counting):
+        return source.counters
+    return lambda: {name: each.value for name, each in source.statistics().items()}
 
 
 def rule_of(name: str) -> str:

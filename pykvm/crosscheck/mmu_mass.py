@@ -37,8 +37,9 @@ class MmuReport:
     """``cases`` scenarios with ``steps`` steps in ``seconds``; ``partial`` of them could not be compared to
     their end.  ``entries``: ring entries, ``pages``: reported pages, ``counters``: values of counters that
     were compared.  ``disagreements`` are the first differences, each of a shrunk scenario that is saved in
-    the ``file`` of the difference; ``coverage`` counts trackers, snippets, kinds of steps and of exits, and how
-    far the counters moved."""
+    the ``file`` of the difference; ``coverage`` counts trackers, snippets, kinds of steps and of exits, and
+    how far the counters moved.
+    """
 
     cases: int = 0
     partial: int = 0

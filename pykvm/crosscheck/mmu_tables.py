@@ -46,6 +46,7 @@ _INDICES: Final = {
 hosts (hosts.md C.1)."""
 _MOST_WAYS: Final = 400
 _FREE: Final = int(Pte.RW | Pte.US)
+_PRESENT, _LARGE = int(Pte.P), int(Pte.PS)
 
 
 class Way(NamedTuple):
@@ -97,12 +98,12 @@ class Tables:
     ) -> Iterator[Way]:
         shift = 12 + 9 * (level - 1)
         for index, value in self.entries.get(frame, {}).items():
-            if not value & Pte.P:
+            if not value & _PRESENT:
                 continue
             address, gfn = linear | index << shift, (value & _ADDRESS) >> 12
             steps = (*path, (frame, index))
             left = 0 if value & _RESERVED else rights & value
-            if level == 1 or (value & Pte.PS and level < LEVELS):
+            if level == 1 or (value & _LARGE and level < LEVELS):
                 yield Way(canonical(address), gfn, level, steps, left)
             else:
                 yield from self._descend(gfn, level - 1, address, steps, left)

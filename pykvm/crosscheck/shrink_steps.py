@@ -74,8 +74,8 @@ class _Shrinker:
                 continue
             for name in ("value", "count", "second"):
                 now = self._best.steps[number]
-                if getattr(now, name):
-                    simpler = replace(now, **{name: 0})
+                if isinstance(now, Access) and getattr(now, name):
+                    simpler = replace(now, **{name: 0})  # type: ignore[arg-type]
                     steps = (*self._best.steps[:number], simpler, *self._best.steps[number + 1 :])
                     self._try(replace(self._best, steps=steps))
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # struct kvm_regs is the sixteen registers in the order of Registers, then rip and rflags.
 _REGS = struct.Struct("<18Q")
 _NAMES = (*GENERAL, "rip", "rflags")
+# struct kvm_segment is the fields of Segment in their order, then a byte of padding.
+_SEGMENT = struct.Struct("<QIH9Bx")
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")
 
 _SREGS_REFUSALS: Refusals = {
@@ -55,10 +57,11 @@ def fill_special(sregs: CData, value: SpecialRegisters) -> None:
 
 def read_special(sregs: CData) -> SpecialRegisters:
     """Read the fields that kvm_sregs and kvm_sregs2 share."""
+    # SAFETY: both structures begin with the eight segments, in the order of SEGMENTS.
+    data = ffi.buffer(ffi.addressof(sregs, "cs"), len(SEGMENTS) * _SEGMENT.size)
     value = SpecialRegisters()
-    for name in SEGMENTS:
-        source = getattr(sregs, name)
-        setattr(value, name, Segment(*(getattr(source, field) for field in SEGMENT_FIELDS)))
+    for name, fields in zip(SEGMENTS, _SEGMENT.iter_unpack(data), strict=True):
+        setattr(value, name, Segment(*fields))
     value.gdt = DescriptorTable(sregs.gdt.base, sregs.gdt.limit)
     value.idt = DescriptorTable(sregs.idt.base, sregs.idt.limit)
     for name in _CONTROL:
