@@ -1,4 +1,4 @@
-"""Slots around tracked pages: which slots KVM gets, and that dirty logs, moves and running vCPUs lose nothing."""
+"""Slots around tracked pages: which slots KVM gets; dirty logs, moves and running vCPUs lose nothing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def carved(system: System, **options: object) -> Writing:
     return Writing(CarvedMachine(system.create_machine()), **options)  # type: ignore[arg-type]
 
 
-# --- layout ------------------------------------------------------------------------------------------------
+# --- layout ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_read_only_slot_stays_a_devices(system: System) -> None:
         guest.tracker.remove_gfn(PAGES)
 
 
-# --- slots that move or go -----------------------------------------------------------------------------------
+# --- slots that move or go -------------------------------------------------------------------------------
 
 
 def test_a_slot_that_moves_tells_and_loses_its_counts(system: System) -> None:
@@ -181,7 +181,7 @@ def test_a_slot_that_moves_tells_and_loses_its_counts(system: System) -> None:
             slot.move(0)
 
 
-# --- dirty logs ----------------------------------------------------------------------------------------------
+# --- dirty logs ------------------------------------------------------------------------------------------
 
 TRACKERS = {
     "bitmap": lambda: make_tracker("bitmap"),
@@ -343,7 +343,7 @@ def test_ring_entries_name_the_slot_that_was_asked_for(system: System) -> None:
         assert DirtyPages.of([(0, 0x201), (0, 0x210), (0, 0x230)]) & harvest.pages == DirtyPages.of(data)
 
 
-# --- while the guest runs --------------------------------------------------------------------------------------
+# --- while the guest runs --------------------------------------------------------------------------------
 
 COUNT_UP = bytes.fromhex("48ffc0 4889 07 48ff 06 ebf5".replace(" ", ""))
 """again: inc rax; mov [rdi], rax; inc qword ptr [rsi]; jmp again"""
