@@ -21,7 +21,17 @@ from pykvm.errors import (
     UsageError,
 )
 from pykvm.kvm import KvmVm
-from pykvm.machine import DirtyPages, IoOut, Kicked, Machine, MmioWrite, Slot, SlotFlags, System
+from pykvm.machine import (
+    DirtyPages,
+    InternalError,
+    IoOut,
+    Kicked,
+    Machine,
+    MmioWrite,
+    Slot,
+    SlotFlags,
+    System,
+)
 from pykvm.memory import PAGE_SIZE, GuestMemory
 from pykvm.track import Tracker, make_tracker
 from pykvm.track.carved import CarvedMachine
@@ -496,3 +506,74 @@ def test_what_a_real_machine_has_more_is_passed_through(vm: KvmVm) -> None:
     assert machine.backend == "kvm"
     assert machine.check_extension(0) >= 0
     assert machine.create_vcpu().entries == 0
+
+
+# --- what is not reported, and what KVM does not do at all --------------------------------------------------
+
+
+@pytest.mark.parametrize("cpl", [3, 0])
+def test_a_walk_leaves_a_and_d_clear_in_a_tracked_table_and_reports_nothing(system: System, cpl: int) -> None:
+    """docs/reference/kvm-mmu.md 13.3: translation succeeds, A and D are skipped in a READONLY slot.
+
+    So a guest that looks at these bits of a tracked table learns nothing from them.
+    """
+    with carved(system, cpl=cpl) as guest:
+        page = 0x220 * PAGE_SIZE
+        entry = guest.page_tables.entry_address(page)
+        value = int.from_bytes(guest.memory.read(entry, 8), "little") & ~0x60
+        guest.memory.write(entry, word(value))
+        guest.tracker.add_gfn(entry // PAGE_SIZE)
+        guest.run(STORE, rdi=page, rax=7)
+        assert guest.memory.read(page, 8) == word(7)
+        assert guest.writes() == []
+        assert guest.memory.read(entry, 8) == word(value)
+        guest.tracker.remove_gfn(entry // PAGE_SIZE)
+        guest.run(STORE, rdi=page, rax=8)
+        assert guest.memory.read(entry, 8) == word(value | 0x60)
+        assert guest.writes() == []
+
+
+def test_a_guest_that_edits_its_own_tracked_page_table_is_reported_and_obeyed(system: System) -> None:
+    """mov [rdi], rax; invlpg [rsi]; mov rbx, [rsi]; mov [rdx], rbx"""
+    with carved(system, cpl=0) as guest:
+        page, other, result = 0x220 * PAGE_SIZE, 0x221 * PAGE_SIZE, 0x222 * PAGE_SIZE
+        guest.memory.write(other, word(0x1234))
+        entry = guest.page_tables.entry_address(page)
+        guest.tracker.add_gfn(entry // PAGE_SIZE)
+        guest.run(STORE, rdi=page, rax=1)
+        new = int.from_bytes(guest.memory.read(guest.page_tables.entry_address(other), 8), "little")
+        code = bytes.fromhex("488907 0f013e 488b1e 48891a")
+        guest.run(code, rdi=entry, rax=new, rsi=page, rdx=result)
+        assert guest.writes() == [Write(entry, word(new))]
+        assert guest.memory.read(result, 8) == word(0x1234)
+
+
+@on_kvm
+@pytest.mark.parametrize("cpl", [3, 0])
+@pytest.mark.parametrize("code", ["480fc70f", "660f7e07"], ids=["cmpxchg16b", "movd"])
+def test_what_kvms_emulator_does_not_know_cannot_write_a_tracked_page(
+    system: System, code: str, cpl: int
+) -> None:
+    """kvm-mmu.md 12.8.  It is the same with KVM's own page track: both leave the store to the emulator."""
+    with carved(system, cpl=cpl) as guest:
+        guest.tracker.add_gfn(0x210)
+        vcpu = guest.load(bytes.fromhex(code) + DONE, rdi=0x210000)
+        exit = guest.finish(vcpu)
+        assert isinstance(exit, InternalError)
+        assert exit.suberror == 1
+        assert guest.writes() == []
+
+
+@on_kvm
+def test_sgdt_into_a_tracked_page_never_ends(system: System) -> None:
+    """KVM's emulator stores it past the way to MMIO (write_std, kvm-mmu.md 12.4), fails, and starts anew."""
+    with carved(system, cpl=0) as guest:
+        guest.tracker.add_gfn(0x210)
+        vcpu = guest.load(bytes.fromhex("0f0107") + DONE, rdi=0x210000)
+        timer = threading.Timer(0.2, vcpu.kick)
+        timer.start()
+        exit = vcpu.run()
+        timer.cancel()
+        assert exit == Kicked()
+        assert vcpu.get_registers().rip == 0x1000
+        assert guest.writes() == []
