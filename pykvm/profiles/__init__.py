@@ -1,0 +1,14 @@
+"""What KVM hosts do about memory: behaviours by name, and the hosts whose behaviours are known."""
+
+from pykvm.profiles.known import DEVELOPMENT_HOST, ERAS, KINDS, profile
+from pykvm.profiles.profile import Paging, Profile, WriteTrackAllocation
+
+__all__ = [
+    "DEVELOPMENT_HOST",
+    "ERAS",
+    "KINDS",
+    "Paging",
+    "Profile",
+    "WriteTrackAllocation",
+    "profile",
+]
