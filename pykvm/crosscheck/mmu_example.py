@@ -1,0 +1,74 @@
+"""What a worked example is, and whether a trace shows what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pykvm.crosscheck.scenario import Scenario
+from pykvm.crosscheck.trace import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What step number ``step`` shows.  None: not said.
+
+    ``counters``: how far they move.  ``ring``: the entries pushed, by gfn.  ``harvested``: how many were
+    taken out.  ``dirty``: what is collected, by gfn.  ``exits``: their types.  ``refused``: the error, empty
+    for none.
+    """
+
+    step: int
+    counters: Mapping[str, int] | None = None
+    ring: tuple[int, ...] | None = None
+    harvested: int | None = None
+    dirty: tuple[int, ...] | None = None
+    exits: tuple[str, ...] | None = None
+    refused: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A worked example: ``source`` is its row, ``kernel`` whether guest code runs at CPL 0 and the values are
+    those of a host that emulates it."""
+
+    name: str
+    title: str
+    source: str
+    scenario: Scenario
+    expected: tuple[Expected, ...]
+    kernel: bool = True
+
+
+def mismatches(example: Example, trace: Trace) -> list[str]:
+    """What the trace shows differently, in words."""
+    found = []
+    for expected in example.expected:
+        if expected.step >= len(trace.steps):
+            found.append(f"step {expected.step} was not reached")
+            continue
+        step = trace.steps[expected.step]
+        before = trace.steps[expected.step - 1].counters if expected.step else trace.counters
+        for name, moved in (expected.counters or {}).items():
+            key = next(key for key in step.counters if key.partition(".")[2] == name)
+            if step.counters[key] - before[key] != moved:
+                seen = step.counters[key] - before[key]
+                found.append(f"step {expected.step}: {name} moved by {seen}, not by {moved}")
+        seen_values: list[tuple[str, object, object]] = [
+            ("ring", expected.ring, tuple(offset for _, _, offset in step.pushed)),
+            ("entries taken", expected.harvested, len(step.ring)),
+            ("exits", expected.exits, tuple(type(reason).__name__ for reason in step.exits)),
+            ("refused", expected.refused, step.refused),
+        ]
+        if step.dirty is not None:
+            seen_values.append(("dirty", expected.dirty, tuple(gfn for _, gfn in step.dirty)))
+        for what, wanted, seen_value in seen_values:
+            if wanted is not None and wanted != seen_value:
+                found.append(f"step {expected.step}: {what} {_words(seen_value)}, not {_words(wanted)}")
+    return found
+
+
+def _words(value: object) -> str:
+    if isinstance(value, tuple):
+        return " ".join(f"{each:x}" if isinstance(each, int) else str(each) for each in value) or "nothing"
+    return str(value) or "nothing"

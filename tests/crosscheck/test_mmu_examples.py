@@ -1,0 +1,62 @@
+"""The worked examples of docs/reference/kvm-mmu.md, sections 14.2 and 14.3, on real KVM and on the model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from pykvm.crosscheck.mmu_example import Example, Expected, mismatches
+from pykvm.crosscheck.mmu_examples import EXAMPLES
+from pykvm.crosscheck.run import EVERYTHING, run
+from pykvm.crosscheck.scenario import Scenario, check
+from pykvm.kvm import KvmSystem
+
+ROWS = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22}
+
+
+def test_every_row_of_the_sheet_has_an_example() -> None:
+    sources = {example.source for example in EXAMPLES.values()}
+    assert {f"kvm-mmu.md 14.2, row {row}" for row in ROWS} <= sources
+    assert {f"kvm-mmu.md 14.3, {letter}" for letter in "DEFG"} <= sources
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_survives_json(name: str) -> None:
+    scenario = EXAMPLES[name].scenario
+    check(scenario)
+    assert Scenario.from_json(json.loads(json.dumps(scenario.to_json()))) == scenario
+
+
+def require_host(system: KvmSystem, example: Example) -> None:
+    """Skip on hosts that the example's values are not for."""
+    trial = EXAMPLES["store-load" if example.kernel else "first-store"]
+    moved = run(trial.scenario, system, watch=EVERYTHING).steps[0].counters
+    if example.kernel and not moved["vcpu0.insn_emulation"]:
+        pytest.skip("this host runs CPL 0 natively")
+    if not moved["machine.mmu_cache_miss"]:
+        pytest.skip("this host pages in two dimensions")
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_real_kvm_shows_what_the_sheet_says(name: str, system: KvmSystem) -> None:
+    example = EXAMPLES[name]
+    require_host(system, example)
+    trace = run(example.scenario, system, watch=EVERYTHING)
+    assert mismatches(example, trace) == []
+
+
+def test_what_differs_is_told(system: KvmSystem) -> None:
+    example = EXAMPLES["first-store"]
+    require_host(system, example)
+    trace = run(example.scenario, system, watch=EVERYTHING)
+    wrong = Expected(0, {"pf_taken": 3}, ring=(1, 2), harvested=1, exits=("Halted",), refused="BusyError")
+    assert mismatches(replace(example, expected=(wrong, Expected(7))), trace) == [
+        "step 0: pf_taken moved by 2, not by 3",
+        "step 0: ring 10 11 12 13 13 5, not 1 2",
+        "step 0: entries taken 0, not 1",
+        "step 0: exits IoOut, not Halted",
+        "step 0: refused nothing, not BusyError",
+        "step 7 was not reached",
+    ]
