@@ -26,7 +26,7 @@ import pytest
 from pykvm.kvm import KvmSystem
 from pykvm.machine import DirtyRingFull, Exit, IoOut, Machine, Registers, Slot, SlotFlags, System, Vcpu
 from pykvm.memory import PAGE_SIZE, GuestMemory
-from pykvm.model.mmu.profile import DEVELOPMENT_HOST, Paging, Profile, profile
+from pykvm.model.mmu.profile import DEVELOPMENT_HOST, Profile, profile
 from pykvm.model.system import ModelSystem
 from pykvm.x86.bits import Rflags
 from pykvm.x86.registers import DescriptorTable, Segment, SpecialRegisters
@@ -46,6 +46,8 @@ STORE: Final = {1: b"\x88\x07", 2: b"\x66\x89\x07", 4: b"\x89\x07", 8: b"\x48\x8
 LOAD: Final = {1: b"\x8a\x07", 2: b"\x66\x8b\x07", 4: b"\x8b\x07", 8: b"\x48\x8b\x07"}
 FETCH: Final = b"\xff\xe7"
 """jmp rdi: what is there must end the run."""
+NOP, INVLPG, LOAD_CR3 = b"", b"\x0f\x01\x3f", b"\x0f\x22\xd8"
+"""Nothing; invlpg [rdi]; mov cr3, rax."""
 TABLE, PAGE, FRESH = 0x27, 0x67, 0x07
 """Flags of entries: P, R/W, U/S with A; with A and D; with neither."""
 _CODE_STRIDE: Final = 64
@@ -297,10 +299,7 @@ class Rig:
     def enter(self, vcpu: Vcpu, **changes: int) -> None:
         """Put a vCPU into long mode at the rig's CPL, with ``cr0``, ``cr3``, ``cr4`` or ``efer`` as given."""
         special: SpecialRegisters = vcpu.get_special_registers()
-        user = self.cpl == 3
-        special.cs = Segment(0, 0xFFFFFFFF, 0x33 if user else 8, 0xB, 1, self.cpl, 0, 1, 1, 1)
-        data = Segment(0, 0xFFFFFFFF, 0x2B if user else 0x10, 3, 1, self.cpl, 1, 1, 0, 1)
-        special.ds = special.es = special.fs = special.gs = special.ss = data
+        self._segments(special)
         special.tr = Segment(TSS << 12, 0x67, 0x40, 0xB, 1, 0, 0, 0, 0, 0)
         special.gdt = DescriptorTable(GDT << 12, 7 * 8 - 1)
         special.idt = DescriptorTable(IDT << 12, 32 * 16 - 1)
@@ -308,6 +307,12 @@ class Rig:
         for name, value in changes.items():
             setattr(special, name, value)
         vcpu.set_special_registers(special)
+
+    def _segments(self, special: SpecialRegisters) -> None:
+        user = self.cpl == 3
+        special.cs = Segment(0, 0xFFFFFFFF, 0x33 if user else 8, 0xB, 1, self.cpl, 0, 1, 1, 1)
+        data = Segment(0, 0xFFFFFFFF, 0x2B if user else 0x10, 3, 1, self.cpl, 1, 1, 0, 1)
+        special.ds = special.es = special.fs = special.gs = special.ss = data
 
     # --- memory as the host sees it ----------------------------------------------------------------
 
@@ -357,6 +362,21 @@ class Rig:
         flags = registers.pop("rflags", 0) | Rflags.FIXED | (Rflags.IOPL3 if self.cpl else 0)
         self.vcpu.set_registers(Registers(rip=at, rflags=flags, **registers))
         return self.resume()
+
+    def at_cpl0(self, code: bytes, **registers: int) -> Seen:
+        """``run``, but at CPL 0; the next one is at the rig's CPL again."""
+        cpl = self.cpl
+        try:
+            self._switch(0)
+            return self.run(code, **registers)
+        finally:
+            self._switch(cpl)
+
+    def _switch(self, cpl: int) -> None:
+        special: SpecialRegisters = self.vcpu.get_special_registers()
+        self.cpl = cpl
+        self._segments(special)
+        self.vcpu.set_special_registers(special)
 
     def resume(self) -> Seen:
         """KVM_RUN as the registers are."""

@@ -100,7 +100,7 @@ def test_pages_that_are_mapped_cost_nothing_until_they_are_collected(shadow: Hos
 
 @pytest.mark.parametrize("ring", [0, 4096], ids=["bitmap", "ring"])
 def test_collecting_asks_for_a_flush_where_something_was_protected(shadow: Host, ring: int) -> None:
-    """B.0: remote_tlb_flush_requests +1 for each GET or RESET that found a page, tlb_flush +1 at the next entry."""
+    """B.0: remote_tlb_flush_requests +1 for each GET or RESET that found a page, then tlb_flush +1."""
     with Rig(shadow, ring=ring) as rig:
         rig.prime(DATA, write=True)
         assert rig.run(b"").other.get("tlb_flush") == 1
