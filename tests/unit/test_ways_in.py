@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +109,27 @@ def test_the_kinds_and_tests_that_the_pages_name_exist(page: Path) -> None:
         assert (ROOT / path).exists(), path
 
 
-def test_the_parameters_of_every_kind_are_explained() -> None:
+def asked_for() -> set[tuple[str, str, str, str]]:
+    """Module, parameter, Y or N, and the kind of lab that asks for it, as the tables of parameters say."""
+    found = set()
     text = (ROOT / "docs/ways-in-bare-metal.md").read_text()
-    for kind in KINDS.values():
-        for parameters in kind.parameters.values():
-            name = parameters.partition("=")[0]
-            assert re.search(rf"^\| .*`{name}`.*`{kind.name}`", text, re.MULTILINE), (kind.name, name)
+    for module, section in re.findall(r"^### (\w+)(.*?)(?=^#|\Z)", text, re.MULTILINE | re.DOTALL):
+        for row in re.findall(r"^\| `.*\|$", section, re.MULTILINE):
+            first, *_, last = row.strip("| ").split(" | ")
+            for value, kinds in re.findall(r"\b([YN]): ([^;]*)", last):
+                for name, kind in product(re.findall(r"`(\w+)`", first), re.findall(r"`([\w-]+)`", kinds)):
+                    found.add((module, name, value, kind))
+    return found
+
+
+def test_the_parameters_of_every_kind_are_explained() -> None:
+    """Each of them, with its value; and the page names no lab that does not ask for it."""
+    assert asked_for() == {
+        (module, name, "NY"[int(value)], kind.name)
+        for kind in KINDS.values()
+        for module, parameters in kind.parameters.items()
+        for name, value in (parameter.split("=") for parameter in parameters.split(","))
+    }
 
 
 def test_every_kind_is_in_the_table_of_hosts() -> None:
