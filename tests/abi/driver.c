@@ -14,6 +14,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #include "../../pykvm/abi/hot/bitmap.c"
@@ -436,7 +437,56 @@ static void test_signals(void)
     pykvm_signals_unwatch();
     raise(SIGINT);
     CHECK(handled == 3);
+    pykvm_signals_unwatch();
 }
+
+/* --- a signal before each instruction of pykvm_signals_watch ------------------------------------------ */
+
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) /* whose own steps take minutes */
+extern const char __executable_start[], etext[]; /* the linker's: the program's own code, not the libraries' */
+static int own_steps, comes_at;
+
+/* int3 begins and ends single-stepping (SDM vol. 3, 18.3.1.4); before one of the steps a signal comes. */
+static void step(int number, siginfo_t *info, void *context)
+{
+    greg_t *registers = ((ucontext_t *)context)->uc_mcontext.gregs;
+
+    (void)number;
+    if (info->si_code != TRAP_TRACE)
+        registers[REG_EFL] ^= 0x100;
+    else if (registers[REG_RIP] >= (greg_t)__executable_start && registers[REG_RIP] < (greg_t)etext &&
+             own_steps++ == comes_at)
+        note(SIGALRM, info, context);
+}
+
+static void test_no_moment_is_missed(void)
+{
+    struct sigaction action = {.sa_sigaction = step, .sa_flags = SA_SIGINFO};
+    int came, arrived;
+
+    sigaction(SIGTRAP, &action, NULL);
+    for (comes_at = 0;; comes_at++) {
+        pykvm_signals_unwatch();
+        page.immediate_exit = 0;
+        here_looked = own_steps = 0;
+        __asm__ volatile("int3" ::: "memory");
+        arrived = pykvm_signals_watch(&page);
+        __asm__ volatile("int3" ::: "memory");
+        came = own_steps > comes_at;
+        CHECK(arrived == 0 || came);
+        if (!came)
+            break; /* the step beyond the last */
+        CHECK(arrived == 1 || page.immediate_exit == 1);
+    }
+    CHECK(comes_at > 50); /* it did look */
+    pykvm_signals_unwatch();
+    signal(SIGTRAP, SIG_DFL);
+}
+#else
+static void test_no_moment_is_missed(void)
+{
+}
+#endif
 
 /* --- a ring whose producer is another thread --------------------------------------------------------- */
 
@@ -495,6 +545,7 @@ int main(void)
     test_run_and_kick();
     test_errors_of_kvm_run();
     test_signals();
+    test_no_moment_is_missed();
     test_ring_and_producer();
     puts("all fine");
     return 0;

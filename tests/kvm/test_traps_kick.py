@@ -295,7 +295,7 @@ def test_a_signal_at_any_moment_reaches_its_python_handler(guest: Tiny) -> None:
     watchdog = None
     try:
         for _ in range(500):
-            watchdog = threading.Timer(3, late, (guest.vcpu,))
+            watchdog = threading.Timer(LIMIT, late, (guest.vcpu,))
             watchdog.start()
             try:
                 signal.setitimer(signal.ITIMER_REAL, 1e-6 * choose.uniform(1, 40))
