@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 
 from tests.mmu_rig import (
@@ -150,15 +148,6 @@ def test_a_4_byte_write_across_two_entries_leaves_the_second_alone(shadow: Host)
 
 
 # --- the class of the instruction ------------------------------------------------------------------
-
-
-class Writer(NamedTuple):
-    """An instruction that writes the operand at [rdi]; ``size`` bytes that KVM's emulator writes."""
-
-    code: bytes
-    table: bool
-    registers: dict[str, int] = {}
-    twice: bool = False
 
 
 EMULATES = {
