@@ -238,6 +238,7 @@ class Rig:
         self.cpl = cpl
         self._runs = 0
         self._pushes = 0
+        self._left_cpl = False
         self.memory = memory or GuestMemory(pages * PAGE_SIZE)
         self.machine: Any = host.system.create_machine()
         try:
@@ -355,6 +356,8 @@ class Rig:
         at the address where they left (hosts.md C.3), and retry decisions look at RIP.
         """
         assert len(code) + 2 <= _CODE_STRIDE
+        if self._left_cpl:
+            self._switch(self.cpl)
         at = CODE * PAGE_SIZE + self._runs % (PAGE_SIZE // _CODE_STRIDE) * _CODE_STRIDE
         self._runs += 1
         self.memory.write(at, code + DONE)
@@ -375,6 +378,7 @@ class Rig:
     def _switch(self, cpl: int) -> None:
         special: SpecialRegisters = self.vcpu.get_special_registers()
         self.cpl = cpl
+        self._left_cpl = False
         self._segments(special)
         self.vcpu.set_special_registers(special)
 
@@ -398,6 +402,7 @@ class Rig:
         if not isinstance(exit_, IoOut) or exit_.port != FAULT_PORT:
             assert isinstance(exit_, DirtyRingFull) or getattr(exit_, "port", PORT) == PORT, exit_
             return None
+        self._left_cpl = True
         vector = exit_.data[0]
         with_code = vector in (8, 10, 11, 12, 13, 14, 17)
         rsp = self.vcpu.get_registers().rsp
