@@ -1,4 +1,4 @@
-"""Collecting dirty pages and arming them again: GET, CLEAR, RESET, and logging on and off (kvm-mmu.md 3, 4)."""
+"""Collecting dirty pages and arming them again: GET, CLEAR, RESET, logging on and off (kvm-mmu.md 3, 4)."""
 
 from __future__ import annotations
 
@@ -212,5 +212,5 @@ def _range_error() -> KvmError:
     return ClearRangeError(
         errno.EINVAL,
         _CLEAR,
-        "first_page must be a multiple of 64, and so must the page count unless the range ends with the slot.",
+        "first_page must be a multiple of 64, and the page count, too, unless the range ends with the slot.",
     )

@@ -48,3 +48,8 @@ class EmulateInstruction(Exception):
 @dataclass(slots=True)
 class TripleFault(Exception):
     """The vCPU shuts down: CR3 has no slot and the profile knows no dummy root."""
+
+
+@dataclass(slots=True)
+class LeaveGuest(Exception):
+    """KVM_RUN returns before the instruction was executed: the dirty ring is full."""

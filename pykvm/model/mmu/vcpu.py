@@ -6,20 +6,49 @@ A processor runs guest code in one of two ways, and asks accordingly:
   end in EmulateInstruction: then the whole instruction is carried out the second way;
 * in KVM's emulator: ``decoded`` once an instruction, ``emulator_translate`` for each access, and
   ``emulator_write`` for each store, at once and in program order.
+
+``rip`` is to be set before each instruction that runs natively.
 """
 
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from pykvm.errors import PykvmError
+from pykvm.model.mmu import spte
 from pykvm.model.mmu.counters import VcpuCounters
 from pykvm.model.mmu.dirty_ring import DirtyRing
-from pykvm.model.mmu.outcomes import EmulateInstruction
-from pykvm.model.paging import Control
+from pykvm.model.mmu.guest_walk import walk
+from pykvm.model.mmu.memslots import READONLY
+from pykvm.model.mmu.outcomes import EmulateInstruction, GuestPageFault, LeaveGuest
+from pykvm.model.mmu.page_fault import page_fault, unprotect_and_retry
+from pykvm.model.mmu.roles import RootRole, root_role
+from pykvm.model.mmu.roots import Roots
+from pykvm.model.mmu.shadow_page import ShadowPage
+from pykvm.model.mmu.tdp_access import TdpAccess
+from pykvm.model.mmu.track_write import track_write
+from pykvm.model.paging import Access, Control
+from pykvm.x86.bits import Cr0, Cr4, PageFault
 
 if TYPE_CHECKING:
     from pykvm.model.mmu.vm import Mmu
+
+_WRITE, _FETCH, _USER, _IMPLICIT = (
+    int(kind) for kind in (Access.WRITE, Access.FETCH, Access.USER, Access.IMPLICIT)
+)
+_KIND: Final = _WRITE | _FETCH | _USER
+_PF_P, _PF_W, _PF_U, _PF_F, _PF_RSVD = (
+    int(bit) for bit in (PageFault.P, PageFault.WR, PageFault.US, PageFault.ID, PageFault.RSVD)
+)
+_SMEP, _SMAP = int(Cr4.SMEP), int(Cr4.SMAP)
+_ROLE_CR0: Final = int(Cr0.PG | Cr0.WP)
+_ROLE_CR4: Final = int(Cr4.PSE | Cr4.PAE | Cr4.LA57 | Cr4.SMEP | Cr4.SMAP | Cr4.PKE)
+_PGE, _PCIDE = int(Cr4.PGE), int(Cr4.PCIDE)
+_NOFLUSH: Final = 1 << 63
+_TLB_PAGES: Final = 1536
+_ENDLESS: Final = 1000
+"""Faults in a row at one address after which the model takes the guest for stuck."""
 
 
 class ControlChange(Enum):
@@ -30,6 +59,10 @@ class ControlChange(Enum):
     OTHER = "MOV to CR0 or CR4, WRMSR of EFER"
 
 
+class StuckGuestError(PykvmError):
+    """An access of the guest faults for ever; a real KVM_RUN would never return."""
+
+
 class VcpuMmu:
     """``struct kvm_vcpu`` as far as memory goes."""
 
@@ -38,73 +71,405 @@ class VcpuMmu:
         self.id = vcpu_id
         self.ring = ring
         self.counters = VcpuCounters()
+        self.control = Control(0, 0, 0, 0)
+        self.root: RootRole = root_role(self.control, mmu.profile)
+        self.roots = Roots(self)
+        self.load_as_id = 0
+        """The address space that guest code sees: 1 in SMM."""
+        self.tdp = TdpAccess(self) if mmu.tdp is not None else None
+        self.rip = 0
+        """RIP of the instruction that runs natively."""
+        self.last_retry: tuple[int, int] | None = None
+        """RIP and address of the last unprotect and retry."""
+        self._tlb: tuple[dict[int, int], ...] = tuple({} for _ in range(_KIND + 1))
+        self._mmio: tuple[int, int] | None = None
+        """Page of the last MMIO access, and its gfn."""
+        self._ring_full = False
+        self._flush = False
+        self._flush_current = False
+        self._flush_guest = mmu.profile.flushes_first_root
+        self._sync = False
+        self._free_obsolete = False
+
+    @property
+    def direct(self) -> bool:
+        """Whether faults come with guest-physical addresses: TDP, or shadow paging of an unpaged guest."""
+        return self.mmu.profile.tdp or not self.root.levels
+
+    # --- control registers ---------------------------------------------------------------------------
 
     def set_control(self, control: Control, change: ControlChange) -> None:
         """The control registers are these now (kvm-mmu.md 13.5)."""
-        raise NotImplementedError
+        old, self.control = self.control, control
+        if self.tdp is not None:
+            self.root = root_role(control, self.mmu.profile)
+            self.tdp.flush()
+            return
+        if change is ControlChange.HOST:
+            if (old.cr0, old.cr3, old.cr4, old.efer) != (control.cr0, control.cr3, control.cr4, control.efer):
+                self._reset_context()
+                self._flush_guest = True
+        elif change is ControlChange.MOV_CR3:
+            self._mov_cr3(old)
+        else:
+            self._mode_changed(old)
+
+    def _reset_context(self) -> None:
+        """``kvm_mmu_reset_context``."""
+        self.roots.free_all()
+        self.root = root_role(self.control, self.mmu.profile)
+        self.flush_tlb()
+
+    def _mov_cr3(self, old: Control) -> None:
+        pgd = self.control.cr3 & ~_NOFLUSH
+        if self.root.levels == 3 and self.control.pdptrs != old.pdptrs:
+            self.roots.free_all()
+        elif pgd != old.cr3 & ~_NOFLUSH or self.root.levels == 3:
+            self.roots.switch(pgd)
+        self.forget_mmio()
+        self.flush_tlb()
+        if not (self.control.cr4 & _PCIDE and self.control.cr3 & _NOFLUSH):
+            self._sync = True
+            self._flush_current = True
+
+    def _mode_changed(self, old: Control) -> None:
+        new = self.control
+        cr0, cr4 = old.cr0 ^ new.cr0, old.cr4 ^ new.cr4
+        if cr0 & Cr0.PG and not new.cr0 & Cr0.PG:
+            self._flush_guest = True
+        if cr0 & _ROLE_CR0 or cr4 & _ROLE_CR4 or old.efer != new.efer:
+            if not (cr0 == Cr0.WP and not cr4 and not new.cr0 & Cr0.PG):
+                self._reset_context()
+        elif new.pdptrs != old.pdptrs and self.root.levels == 3:
+            self.roots.free_all()
+        if cr4 & _PCIDE and new.cr4 & _PCIDE:
+            self.roots.free_all()
+        if cr4 & _PGE or (cr4 & _PCIDE and not new.cr4 & _PCIDE):
+            self._flush_guest = True
+        elif cr4 & Cr4.PAE or (cr4 & _SMEP and new.cr4 & _SMEP):
+            self._flush_current = True
+        self.flush_tlb()
+
+    # --- entering the guest --------------------------------------------------------------------------
 
     def enter(self) -> bool:
         """Before guest code runs (every KVM_RUN, and after every exit that KVM handled): serve requests and
         load the root.  False: the dirty ring is full, KVM_RUN returns KVM_EXIT_DIRTY_RING_FULL instead.
         Raises TripleFault.
         """
-        raise NotImplementedError
+        if self.ring is not None and self._full():
+            return False
+        counters = self.counters
+        if self._free_obsolete:
+            self._free_obsolete = False
+            self.roots.free_obsolete()
+        if self._sync:
+            self._sync = False
+            if self.tdp is None:
+                self.roots.sync()
+        if self._flush:
+            self._flush = self._flush_current = False
+            counters.tlb_flush += 1
+            self.flush_tlb()
+        if self._flush_current:
+            self._flush_current = False
+            counters.tlb_flush += 1
+            self.flush_tlb()
+        if self._flush_guest:
+            self._flush_guest = False
+            counters.tlb_flush += 1
+            self.flush_tlb()
+            if self.tdp is None:
+                self.roots.sync()
+                self.roots.free_unsync_previous()
+        if self.tdp is None and self.roots.current is None:
+            self.roots.load()
+            self.roots.sync()
+            self.flush_tlb()
+        return True
+
+    def _full(self) -> bool:
+        ring = self.ring
+        assert ring is not None
+        if not self.mmu.profile.ring_full_by_request:
+            return ring.soft_full
+        if self._ring_full:
+            self._ring_full = ring.soft_full  # the request renews itself while the ring is full
+        return self._ring_full
+
+    def reenter(self) -> None:
+        """KVM handled an exit: back into the guest.  Raises LeaveGuest where userspace must see something."""
+        if not self.enter():
+            raise LeaveGuest
+
+    # --- native accesses -----------------------------------------------------------------------------
 
     def translate(self, linear: int, access: int) -> int:
         """The guest-physical address of a linear one, for native code; ``access`` as pykvm.model.paging.Access.
 
         The access lies within a page.  Takes the faults that KVM fixes without anybody noticing.  Raises
-        GuestPageFault and EmulateInstruction.
+        GuestPageFault and EmulateInstruction, and LeaveGuest where the ring is full after a fault.
         """
-        raise NotImplementedError
+        page = self._tlb[access & _KIND].get(linear >> 12)
+        if page is not None:
+            return page | linear & 0xFFF
+        if access & _IMPLICIT:
+            return self.translate(linear, access & ~(_IMPLICIT | _USER))
+        if self.tdp is not None:
+            return self.tdp.translate(linear, access)
+        for _ in range(_ENDLESS):
+            error = self._look_up(linear, access)
+            if error is None:
+                return self._tlb[access & _KIND][linear >> 12] | linear & 0xFFF
+            page_fault(self, linear, error)
+            self.reenter()
+        raise StuckGuestError(f"The guest's access to {linear:#x} faults for ever: KVM_RUN would not return.")
+
+    def _look_up(self, linear: int, access: int) -> int | None:
+        """The processor's walk of the shadow tables: fills the TLB, or gives the error code of its fault."""
+        error = 0
+        if access & _WRITE:
+            error = _PF_W
+        if access & _FETCH:
+            error |= _PF_F
+        if access & _USER:
+            error |= _PF_U
+        sp = self.top_page(linear)
+        if sp is None:
+            return error
+        while True:
+            index = linear >> 3 + 9 * sp.level & 511
+            child = sp.children.get(index)
+            if child is None:
+                break
+            sp = child
+        entry = sp.spt.get(index, 0)
+        if not entry & spte.MMU_PRESENT:
+            return error | (_PF_P | _PF_RSVD if entry & spte.P else 0)
+        if not self._permits(entry, access):
+            return error | _PF_P
+        used = entry | spte.A | (spte.D if access & _WRITE else 0)
+        if used != entry:
+            sp.spt[index] = used
+        tlb = self._tlb[access & _KIND]
+        if len(tlb) >= _TLB_PAGES:
+            tlb.clear()
+        mask = (1 << 3 + 9 * sp.level) - 1
+        tlb[linear >> 12] = entry & spte.ADDRESS & ~mask | linear & mask & ~0xFFF
+        return None
+
+    def _permits(self, entry: int, access: int) -> bool:
+        """Hardware's word on a leaf; CR0.WP is set while a guest runs on shadow tables."""
+        if access & _WRITE and not entry & spte.W:
+            return False
+        if access & _FETCH and entry & spte.NX:
+            return False
+        if access & _USER:
+            return bool(entry & spte.U)
+        if not entry & spte.U:
+            return True
+        if access & _FETCH:
+            return not self.control.cr4 & _SMEP
+        return not self.control.cr4 & _SMAP or self.control.ac
+
+    def top_page(self, linear: int) -> ShadowPage | None:
+        """The shadow page where the translation of an address starts; None for an absent root."""
+        root = self.roots.current
+        if root is None:
+            return None
+        if len(root.pages) == 1:
+            return root.pages[0]
+        return root.pages[linear >> 30 & 3]
+
+    def clear_flood_counters(self, linear: int) -> None:
+        """``shadow_page_table_clear_flood``: the pages that translate the address are in use as tables."""
+        sp = self.top_page(linear)
+        while sp is not None:
+            sp.write_flooding_count = 0
+            sp = sp.children.get(linear >> 3 + 9 * sp.level & 511)
+
+    # --- KVM's emulator ------------------------------------------------------------------------------
 
     def decoded(self) -> None:
         """The emulator decoded an instruction, successfully or not (insn_emulation)."""
         self.counters.insn_emulation += 1
 
     def emulator_translate(self, linear: int, access: int) -> int:
-        """As KVM's emulator: a software walk that sets A and D and marks the tables.  Raises GuestPageFault."""
-        raise NotImplementedError
+        """As KVM's emulator: a software walk that sets A and D and marks the tables.
+
+        Raises GuestPageFault, counted as injected.
+        """
+        if not self.control.cr0 & Cr0.PG:
+            return linear & 0xFFFFFFFF
+        try:
+            return walk(self, linear, access).gpa
+        except GuestPageFault as delivered:
+            self.inject_page_fault(delivered)
+            raise
 
     def emulator_write(self, gpa: int, data: bytes, *, locked: bool = False, tracked: bool = True) -> bool:
         """A store of the emulator within one page: memory, dirty mark, track_write.  False: not RAM.
 
-        ``locked``: a locked or exchanging operation, which marks before it looks.  ``tracked`` False: the
-        write_std path (FXSAVE, SGDT, descriptors), which no track_write hears of (12.4).
+        ``locked``: a locked or exchanging operation, which marks before it looks; nobody can tell here.
+        ``tracked`` False: the write_std path (FXSAVE, SGDT, descriptors), of which no track_write hears (12.4).
         """
-        raise NotImplementedError
+        mmu = self.mmu
+        gfn = gpa >> 12
+        slot = mmu.memslots.visible(gfn)
+        if slot is None or slot.flags & READONLY:
+            return False
+        at = gpa - (slot.base_gfn << 12)
+        slot.data[at : at + len(data)] = data
+        mmu.mark_page_dirty(slot, gfn)
+        if tracked:
+            mmu.page_track.notify_write(gpa, data)
+            track_write(self, gpa, len(data))
+        return True
 
     def retry(self, emulate: EmulateInstruction, rip: int, *, page_table_opcode: bool) -> bool:
         """Whether KVM unprotected the gfn and resumes the guest instead of emulating (12.3, 12.7)."""
-        raise NotImplementedError
+        self.rip = rip
+        if self.mmu.profile.retries_always:
+            last, self.last_retry = self.last_retry, None
+            if not emulate.allow_retry or page_table_opcode or last == (rip, emulate.address):
+                return False
+            unprotect_and_retry(self, emulate.address)
+            self.last_retry = rip, emulate.address
+            return True
+        if not emulate.allow_retry or page_table_opcode:
+            return False
+        return unprotect_and_retry(self, emulate.address)
 
     def emulation_failed(self, emulate: EmulateInstruction | None, rip: int) -> bool:
         """The emulator lacks the instruction: whether an unprotected page lets the guest retry; else
         insn_emulation_fail counts and the caller injects #UD or exits (12.3)."""
-        raise NotImplementedError
+        self.rip = rip
+        if (
+            emulate is not None
+            and emulate.allow_retry
+            and not emulate.write_pf_to_sp
+            and unprotect_and_retry(self, emulate.address, always=True)
+        ):
+            return True
+        self.counters.insn_emulation_fail += 1
+        return False
+
+    def inject_page_fault(self, delivered: GuestPageFault) -> None:
+        """``kvm_inject_emulated_page_fault``: count it; an SPTE that still forbids what the tables allow by
+        now is looked at again."""
+        self.counters.pf_guest += 1
+        if self.tdp is None and delivered.error & _PF_P and not delivered.error & _PF_RSVD:
+            self._invalidate(delivered.address, all_roots=False)
 
     def invlpg(self, linear: int) -> None:
         """An intercepted or emulated INVLPG (10.5)."""
-        raise NotImplementedError
+        self.counters.invlpg += 1
+        if self.tdp is not None:
+            self.tdp.flush()
+            return
+        self._invalidate(linear, all_roots=True)
+
+    def _invalidate(self, linear: int, *, all_roots: bool) -> None:
+        """``kvm_mmu_invalidate_addr``: the SPTE of an unsync page is brought in step."""
+        page = linear >> 12
+        for tlb in self._tlb:
+            tlb.pop(page, None)
+        if not self.root.levels:
+            return
+        roots = [self.roots.current, *(self.roots.previous if all_roots else ())]
+        for root in roots:
+            if root is None:
+                continue
+            sp = root.pages[0] if len(root.pages) == 1 else root.pages[linear >> 30 & 3]
+            while sp is not None:
+                index = linear >> 3 + 9 * sp.level & 511
+                if sp.unsync:
+                    self._sync_spte(sp, index)
+                if not sp.unsync_child_bitmap:
+                    break
+                sp = sp.children.get(index)
+
+    def _sync_spte(self, sp: ShadowPage, index: int) -> None:
+        mmu = self.mmu
+        if mmu.profile.invlpg_refetches and sp.spt.get(index, 0) & spte.MMU_PRESENT:
+            # [6.1] drops the SPTE and makes the new one from the table as it is now, so only W may be lost.
+            mmu.unsync.refetch(self, sp, index)
+            mmu.flush_remote_tlbs()
+            return
+        changed = mmu.unsync.sync_spte(self, sp, index)
+        if changed is None:
+            mmu.shadow.zap_entry(sp, index)
+        if changed or changed is None:
+            mmu.flush_remote_tlbs()
 
     def translate_for_host(self, linear: int) -> int | None:
         """KVM_TRANSLATE: a supervisor read that sets A bits and marks tables; None where nothing is mapped."""
-        raise NotImplementedError
+        if not self.control.cr0 & Cr0.PG:
+            return linear & 0xFFFFFFFF
+        try:
+            return walk(self, linear, 0).gpa
+        except GuestPageFault:
+            return None
+
+    # --- MMIO ----------------------------------------------------------------------------------------
+
+    def remember_mmio(self, address: int, gfn: int) -> None:
+        """``vcpu_cache_mmio_info``."""
+        self._mmio = address >> 12, gfn
+
+    def is_mmio(self, address: int) -> bool:
+        """Whether the address is the remembered MMIO page."""
+        return self._mmio is not None and self._mmio[0] == address >> 12
+
+    def handle_mmio(self, address: int) -> bool:
+        """``handle_mmio_page_fault``: a reserved-bit fault that means MMIO; False for a stale generation."""
+        if self.is_mmio(address):
+            return True
+        sp = self.top_page(address)
+        while sp is not None:
+            index = address >> 3 + 9 * sp.level & 511
+            child = sp.children.get(index)
+            if child is None:
+                entry = sp.spt.get(index, 0)
+                if entry & spte.MMIO and sp.mmio_generation.get(index) == self.mmu.memslots.generations[0]:
+                    self.remember_mmio(address, (entry & spte.ADDRESS & ~spte.MMIO) >> 12)
+                    return True
+                return False
+            sp = child
+        return False
+
+    def forget_mmio(self) -> None:
+        """Slots or translations changed: the remembered MMIO address is void."""
+        self._mmio = None
 
     # --- what the VM tells it ------------------------------------------------------------------------
 
     def push_dirty(self, ring_id: int, offset: int) -> None:
         """A mark goes to this vCPU's ring (4.3)."""
-        raise NotImplementedError
+        ring = self.ring
+        assert ring is not None
+        ring.push(ring_id, offset)
+        if ring.soft_full:
+            self._ring_full = True
 
     def request_tlb_flush(self) -> None:
-        """KVM_REQ_TLB_FLUSH: served at the next entry."""
-        raise NotImplementedError
+        """KVM_REQ_TLB_FLUSH: served at the next entry, before any guest code."""
+        self._flush = True
+        self.flush_tlb()
+
+    def request_free_obsolete_roots(self) -> None:
+        """KVM_REQ_MMU_FREE_OBSOLETE_ROOTS."""
+        self._free_obsolete = True
+        self.flush_tlb()
+
+    def flush_tlb(self) -> None:
+        """Drop all cached translations."""
+        for tlb in self._tlb:
+            tlb.clear()
+        if self.tdp is not None:
+            self.tdp.flush()
 
     def flush_pml(self) -> None:
         """An exit reads the PML buffer (11.3)."""
-        raise NotImplementedError
-
-    def forget_mmio(self) -> None:
-        """Slots changed: the remembered MMIO address is void."""
-        raise NotImplementedError
+        if self.tdp is not None and self.tdp.pml is not None:
+            self.tdp.pml.flush()
