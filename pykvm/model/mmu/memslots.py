@@ -14,7 +14,14 @@ from bisect import bisect_right
 from enum import Enum
 from typing import Final, Protocol
 
-from pykvm.errors import KvmError, SlotAlignmentError, SlotChangeError, SlotError, SlotOverlapError
+from pykvm.errors import (
+    KvmError,
+    SlotAbsentError,
+    SlotAlignmentError,
+    SlotChangeError,
+    SlotError,
+    SlotOverlapError,
+)
 from pykvm.model.mmu.dirty_bitmap import DirtyBitmap
 from pykvm.model.mmu.profile import Profile
 from pykvm.model.mmu.rmap import Rmap
@@ -113,7 +120,7 @@ class Memslot:
             return True
         if (self.base_gfn ^ self.userspace_addr // PAGE) & (1 << shift) - 1:
             return True
-        return self.disallow_lpage.get((level, gfn >> shift), 0) > 0
+        return self.disallow_lpage.get((level, gfn >> shift), 0) != 0
 
     def change_lpage(self, gfn: int, by: int) -> None:
         """``kvm_mmu_gfn_disallow_lpage`` (+1) and ``_allow_lpage`` (-1), for 2 MiB and 1 GiB."""
@@ -127,7 +134,9 @@ class Memslot:
 
     def metadata_bytes(self, *, rmap: bool, write_track: bool, ring: bool) -> dict[str, int]:
         """What KVM allocates for the slot, in bytes by array (section 2, last paragraph but one)."""
-        two, one = -(-self.npages // 512), -(-self.npages // (1 << 18))
+        two, one = (
+            (self.base_gfn + self.npages - 1 >> shift) - (self.base_gfn >> shift) + 1 for shift in (9, 18)
+        )
         bitmap = 2 * 8 * -(-self.npages // 64) if self.logs and not ring else 0
         return {
             "rmap": 8 * (self.npages + two + one) if rmap else 0,
@@ -250,7 +259,7 @@ class Memslots:
         base_gfn, npages = gpa // PAGE, size // PAGE
         if size == 0:
             if old is None:
-                raise _refusal(SlotError, "there is no slot of that id to delete.")
+                raise _refusal(SlotAbsentError, "there is no slot of that id to delete.")
             self._delete(space, old)
             return None
         if old is None:
@@ -268,10 +277,7 @@ class Memslots:
                 SlotChangeError, "memory, size and READONLY of a live slot cannot change; delete it first."
             )
         if base_gfn != old.base_gfn:
-            if self.external_user and self._profile.refuses_move_when_tracked:
-                raise _refusal(SlotChangeError, "a slot cannot move while a write tracker is registered.")
             self._check_overlap(as_id, base_gfn, npages, old)
-            self._check_end(base_gfn, npages)
             self._move(old, base_gfn, flags)
         elif flags != old.flags:
             before, old.flags = old.flags, flags
@@ -290,6 +296,16 @@ class Memslots:
     def _move(self, old: Memslot, base_gfn: int, flags: int) -> None:
         before = old.flags
         self._invalidate(old, Change.MOVE)
+        try:
+            if self.external_user and self._profile.refuses_move_when_tracked:
+                raise _refusal(SlotChangeError, "a slot cannot move while a write tracker is registered.")
+            self._check_end(base_gfn, old.npages)
+        except SlotError:
+            # Refused by kvm_arch_prepare_memory_region, that is after everything was zapped: the old slot
+            # is published again, and nothing else is undone.
+            old.flags = before
+            self._publish(old.as_id)
+            raise
         old.base_gfn = base_gfn
         old.flags = flags
         # The bitmap stays, bit for bit; everything else about the pages is made anew.

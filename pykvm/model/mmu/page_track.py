@@ -67,31 +67,26 @@ class PageTrack:
     def add(self, slot: Memslot, gfn: int) -> None:
         """``__kvm_write_track_add_gfn``: one more reason; every mapping of the gfn loses W and
         MMU_WRITABLE, and translations are flushed before this returns."""
-        if not self._update(slot, gfn, 1):
-            return
+        self._update(slot, gfn, 1)
         slot.change_lpage(gfn, 1)
         if self._mmu.write_protect_gfn(slot, gfn):
             self._mmu.flush_remote_tlbs()
 
     def remove(self, slot: Memslot, gfn: int) -> None:
         """``__kvm_write_track_remove_gfn``: mappings become writable at their next fault."""
-        if self._update(slot, gfn, -1):
-            slot.change_lpage(gfn, -1)
+        self._update(slot, gfn, -1)
+        slot.change_lpage(gfn, -1)
 
-    def _update(self, slot: Memslot, gfn: int, by: int) -> bool:
+    def _update(self, slot: Memslot, gfn: int, by: int) -> None:
+        """``update_gfn_write_track``: what would leave the 16 bits is ignored here, not by the callers."""
         counts = slot.gfn_write_track
-        if counts is None:
+        count = self.count(slot, gfn) + by
+        if counts is None or not 0 <= count <= MAX_COUNT:
             self.ignored += 1
-            return False
-        count = counts.get(gfn, 0) + by
-        if not 0 <= count <= MAX_COUNT:
-            self.ignored += 1
-            return False
-        if count:
+        elif count:
             counts[gfn] = count
         else:
             del counts[gfn]
-        return True
 
     def count(self, slot: Memslot, gfn: int) -> int:
         """How many want writes to the gfn intercepted."""
@@ -114,7 +109,7 @@ class PageTrack:
     # --- external users ------------------------------------------------------------------------------
 
     def add_gfn(self, gfn: int) -> None:
-        """``kvm_write_track_add_gfn``: an external user tracks a gfn.  Raises KvmError (EINVAL) without a slot."""
+        """``kvm_write_track_add_gfn``: an external user tracks a gfn.  KvmError (EINVAL) without a slot."""
         self.add(self._slot(gfn), gfn)
 
     def remove_gfn(self, gfn: int) -> None:

@@ -1,4 +1,4 @@
-"""A page fault in shadow paging: from the guest's tables to an SPTE (``FNAME(page_fault)``, kvm-mmu.md 7.3)."""
+"""A fault in shadow paging: from the guest's tables to an SPTE (``FNAME(page_fault)``, kvm-mmu.md 7.3)."""
 
 from __future__ import annotations
 

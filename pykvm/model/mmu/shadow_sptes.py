@@ -1,4 +1,4 @@
-"""Leaf SPTEs of shadow pages: building them, setting them, taking rights away through rmaps (10.4, 3.2, 8)."""
+"""Leaf SPTEs of shadow pages: building, setting, taking rights away through rmaps (kvm-mmu.md 8, 10.4)."""
 
 from __future__ import annotations
 

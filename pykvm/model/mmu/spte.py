@@ -33,7 +33,7 @@ MMIO: Final = 1 << 51
 """With P and without MMU_PRESENT: an MMIO SPTE of shadow paging or NPT; a fault on it has RSVD set."""
 NX: Final = 1 << 63
 ACCESS_TRACKED: Final = 1 << 54
-"""Model's own: rights are taken away to learn of accesses where the tables have no A bit (EPT without A/D)."""
+"""Model's own: rights are taken away to learn of accesses, where tables have no A bit (EPT without A/D)."""
 AD_WRITE_PROTECT: Final = 1 << 52
 """Model's own: write protection instead of D even though PML is on (A/D type 2: L2 SPTEs)."""
 

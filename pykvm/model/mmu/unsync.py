@@ -1,4 +1,4 @@
-"""Unsync shadow pages: leaf tables that the guest may write natively until it flushes its TLB (kvm-mmu.md 10.5)."""
+"""Unsync shadow pages: leaf tables that the guest writes natively until it flushes (kvm-mmu.md 10.5)."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Unsync:
     # --- finding -------------------------------------------------------------------------------------
 
     def gather(self, root: ShadowPage) -> list[_Found]:
-        """``mmu_unsync_walk``: unsync leaf tables below, at most a batch; stale bits are cleared on the way."""
+        """``mmu_unsync_walk``: unsync leaf tables below, at most a batch; clears stale bits on the way."""
         if not root.unsync_child_bitmap:
             return []
         found: list[_Found] = []
@@ -165,7 +165,7 @@ class Unsync:
         mmu.shadow.flush_or_commit(zapped, flush=flush)
 
     def sync_page(self, vcpu: VcpuMmu, sp: ShadowPage) -> bool | None:
-        """``__kvm_sync_page``: whether a flush is due; None if the page cannot be synchronised and must go."""
+        """``__kvm_sync_page``: whether a flush is due; None if the page cannot be synchronised."""
         mmu = self._mmu
         if sp.direct or (sp.role ^ vcpu.root.role) & ~roles.SYNC_IGNORES:
             return None

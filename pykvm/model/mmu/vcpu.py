@@ -205,7 +205,7 @@ class VcpuMmu:
     # --- native accesses -----------------------------------------------------------------------------
 
     def translate(self, linear: int, access: int) -> int:
-        """The guest-physical address of a linear one, for native code; ``access`` as pykvm.model.paging.Access.
+        """The guest-physical address of a linear one, for native code; ``access``: pykvm.model.paging.Access.
 
         The access lies within a page.  Takes the faults that KVM fixes without anybody noticing.  Raises
         GuestPageFault and EmulateInstruction, and LeaveGuest where the ring is full after a fault.
@@ -311,7 +311,7 @@ class VcpuMmu:
         """A store of the emulator within one page: memory, dirty mark, track_write.  False: not RAM.
 
         ``locked``: a locked or exchanging operation, which marks before it looks; nobody can tell here.
-        ``tracked`` False: the write_std path (FXSAVE, SGDT, descriptors), of which no track_write hears (12.4).
+        ``tracked`` False: the write_std path (FXSAVE, SGDT, descriptors): no track_write hears of it (12.4).
         """
         mmu = self.mmu
         gfn = gpa >> 12
@@ -403,7 +403,7 @@ class VcpuMmu:
             mmu.flush_remote_tlbs()
 
     def translate_for_host(self, linear: int) -> int | None:
-        """KVM_TRANSLATE: a supervisor read that sets A bits and marks tables; None where nothing is mapped."""
+        """KVM_TRANSLATE: a supervisor read that sets A bits and marks tables; None without a mapping."""
         if not self.control.cr0 & Cr0.PG:
             return linear & 0xFFFFFFFF
         try:

@@ -17,9 +17,11 @@ from pykvm.model.mmu.rmap import Rmap
 from pykvm.model.mmu.shadow_mmu import ShadowMmu
 from pykvm.model.mmu.tables import Tables
 from pykvm.model.mmu.tdp_mmu import TdpMmu
+from pykvm.model.mmu.unsync import Unsync
 from pykvm.model.mmu.vcpu import VcpuMmu
 
 _RING: Final = "KVM_ENABLE_CAP(DIRTY_LOG_RING)"
+_WITH_BITMAP: Final = "KVM_ENABLE_CAP(DIRTY_LOG_RING_WITH_BITMAP)"
 
 
 class Mmu:
@@ -41,6 +43,7 @@ class Mmu:
         self.memslots = Memslots(profile, self)
         self.page_track = PageTrack(self)
         self.dirty_log = DirtyLog(self)
+        self.unsync = Unsync(self)
         self.shadow = ShadowMmu(self)
         """Shadow pages: of guest tables, and of direct maps where there is no TDP MMU."""
         self.tdp = TdpMmu(self) if profile.tdp and profile.tdp_mmu else None
@@ -106,6 +109,21 @@ class Mmu:
             raise RingOrderError(errno.EINVAL, _RING, "rings are enabled once, before the first vCPU.")
         self.ring_entries = size // ENTRY_BYTES
 
+    def enable_ring_with_bitmap(self) -> None:
+        """KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP (4.8): what is marked without a vCPU goes to a bitmap.
+
+        Raises RingOrderError (EINVAL) on a host that has no such marks, without rings, once there is a slot.
+        """
+        if not self.profile.ring_with_bitmap:
+            raise RingOrderError(
+                errno.EINVAL, _WITH_BITMAP, "on this host each guest write has a vCPU; use the ring alone."
+            )
+        if not self.ring_entries:
+            raise RingOrderError(errno.EINVAL, _WITH_BITMAP, "enable the rings first.")
+        if self.memslots.all():
+            raise RingOrderError(errno.EINVAL, _WITH_BITMAP, "enable it before the first memslot.")
+        self.ring_with_bitmap = True
+
     # --- memslots (SlotObserver) ---------------------------------------------------------------------
 
     def slot_prepared(self, slot: Memslot, change: Change) -> None:
@@ -118,9 +136,15 @@ class Mmu:
             self.dirty_log.allocate(slot)
 
     def slot_invalidated(self, slot: Memslot, change: Change) -> None:
-        self.page_track.notify_remove(slot)
+        for vcpu in self.vcpus:
+            vcpu.forget_mmio()
+        # [6.1] KVM's own node is a notifier like the others, and the last one; later its zap comes first.
+        if self.profile.own_track_node:
+            self.page_track.notify_remove(slot)
         for tables in self.tables:
             tables.zap_all_fast()
+        if not self.profile.own_track_node:
+            self.page_track.notify_remove(slot)
 
     def slot_committed(self, slot: Memslot, change: Change, old_flags: int) -> None:
         for vcpu in self.vcpus:
