@@ -7,7 +7,9 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <linux/fs.h>
 #include <linux/kvm.h>
+#include <linux/userfaultfd.h>
 #include <sys/ioctl.h>
 
 #ifndef KVM_MEM_GUEST_MEMFD /* 6.8, a7800aa80ea4 "KVM: Add KVM_CREATE_GUEST_MEMFD" */
@@ -48,6 +50,48 @@ struct kvm_userspace_memory_region2 {
 
 #ifndef KVM_GUESTDBG_BLOCKIRQ /* 5.15, 61e5f69ef083 "KVM: x86: implement KVM_GUESTDBG_BLOCKIRQ" */
 #define KVM_GUESTDBG_BLOCKIRQ 0x00100000
+#endif
+
+#ifndef UFFD_FEATURE_WP_HUGETLBFS_SHMEM /* 5.19, b1f9e876862d "mm/uffd: enable write protection for shmem & hugetlbfs" */
+#define UFFD_FEATURE_WP_HUGETLBFS_SHMEM (1 << 12)
+#endif
+
+#ifndef USERFAULTFD_IOC_NEW /* 6.1, 2d5de004e009 "userfaultfd: add /dev/userfaultfd for fine grained access control" */
+#define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
+#endif
+
+#ifndef UFFD_FEATURE_WP_UNPOPULATED /* 6.4, 2bad466cc9d9 "mm/uffd: UFFD_FEATURE_WP_UNPOPULATED" */
+#define UFFD_FEATURE_WP_UNPOPULATED (1 << 13)
+#endif
+
+#ifndef UFFD_FEATURE_WP_ASYNC /* 6.7, d61ea1cb0095 "userfaultfd: UFFD_FEATURE_WP_ASYNC" */
+#define UFFD_FEATURE_WP_ASYNC (1 << 15)
+#endif
+
+#ifndef PAGEMAP_SCAN /* 6.7, 52526ca7fdb9 "fs/proc/task_mmu: implement IOCTL to get and optionally clear info about PTEs" */
+struct page_region {
+    __u64 start;
+    __u64 end;
+    __u64 categories;
+};
+struct pm_scan_arg {
+    __u64 size;
+    __u64 flags;
+    __u64 start;
+    __u64 end;
+    __u64 walk_end;
+    __u64 vec;
+    __u64 vec_len;
+    __u64 max_pages;
+    __u64 category_inverted;
+    __u64 category_mask;
+    __u64 category_anyof_mask;
+    __u64 return_mask;
+};
+#define PAGEMAP_SCAN _IOWR('f', 16, struct pm_scan_arg)
+#define PAGE_IS_WRITTEN (1 << 1)
+#define PM_SCAN_WP_MATCHING (1 << 0)
+#define PM_SCAN_CHECK_WPASYNC (1 << 1)
 #endif
 
 /* Flat or complete forms of structs with anonymous members, flexible arrays or fields that came later. */

@@ -12,9 +12,14 @@ from pykvm.errors import UsageError
 from pykvm.machine import DirtyPages, Machine, Vcpu
 from pykvm.track.bitmap import BitmapTracker
 from pykvm.track.manual import ManualTracker
+from pykvm.track.pagemap import PagemapTracker
 from pykvm.track.ring import RingTracker
+from pykvm.track.userfaultfd import UserfaultfdTracker
 
 TRACKERS = ("bitmap", "manual", "ring")
+"""What KVM itself logs."""
+HOST_TRACKERS = ("userfaultfd", "pagemap")
+"""What the host's page tables tell: writes by devices, too (docs/write-tracking.md)."""
 
 
 class RingFullHandler(Protocol):
@@ -58,7 +63,7 @@ class Tracker(Protocol):
 def make_tracker(
     name: str, *, ring_entries: int = 4096, clear_chunk: int | None = None, initially_set: bool = False
 ) -> Tracker:
-    """The tracker of that name: ``bitmap``, ``manual`` or ``ring``.
+    """The tracker of that name: one of TRACKERS or HOST_TRACKERS.
 
     ``ring_entries``: per vCPU.  ``clear_chunk``: pages per KVM_CLEAR_DIRTY_LOG of the manual tracker (a
     multiple of 64; None: as few calls as possible).  ``initially_set``: the manual tracker's bitmaps start
@@ -70,7 +75,22 @@ def make_tracker(
         return ManualTracker(clear_chunk=clear_chunk, initially_set=initially_set)
     if name == "ring":
         return RingTracker(ring_entries)
-    raise UsageError(f"Tracker {name!r} does not exist; use one of: {', '.join(TRACKERS)}.")
+    if name == "userfaultfd":
+        return UserfaultfdTracker()
+    if name == "pagemap":
+        return PagemapTracker()
+    names = ", ".join((*TRACKERS, *HOST_TRACKERS))
+    raise UsageError(f"Tracker {name!r} does not exist; use one of: {names}.")
 
 
-__all__ = ["TRACKERS", "BitmapTracker", "ManualTracker", "RingTracker", "Tracker", "make_tracker"]
+__all__ = [
+    "HOST_TRACKERS",
+    "TRACKERS",
+    "BitmapTracker",
+    "ManualTracker",
+    "PagemapTracker",
+    "RingTracker",
+    "Tracker",
+    "UserfaultfdTracker",
+    "make_tracker",
+]

@@ -64,4 +64,17 @@ __u32 pykvm_gather(const char *memory, const __u64 *pages, size_t n, char *out, 
 void pykvm_scatter(char *memory, const __u64 *pages, size_t n, const char *in);
 int pykvm_punch_hole(int fd, __u64 offset, __u64 length);
 
+struct pykvm_fault_range {
+    __u64 start;  /* host address */
+    __u64 pages;
+    __u64 *words; /* a bit per page that was written */
+};
+struct pykvm_faults;
+
+int pykvm_userfaultfd(int flags);
+struct pykvm_faults *pykvm_faults_start(int fd, const struct pykvm_fault_range *ranges, size_t n, int *error);
+void pykvm_faults_take(struct pykvm_faults *faults, size_t i, __u64 *words);
+__u64 pykvm_faults_count(struct pykvm_faults *faults);
+void pykvm_faults_stop(struct pykvm_faults *faults);
+
 #endif
