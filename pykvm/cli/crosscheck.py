@@ -17,15 +17,18 @@ from rich.table import Table
 from rich.text import Text
 
 from pykvm.backends import open_system
+from pykvm.cli.mmu import open_model
 from pykvm.cli.parameters import duration_type, number_type
 from pykvm.cli.sending import check_writable, write_text
 from pykvm.cli.session import Session, common_options
 from pykvm.cli.walks import explain
+from pykvm.crosscheck.compare import Level
 from pykvm.crosscheck.instructions.bench import Kind, processor
 from pykvm.crosscheck.instructions.campaign import ROOMS, Campaign, Disagreement, Report
 from pykvm.crosscheck.instructions.case import InstructionCase
 from pykvm.crosscheck.instructions.coverage import markdown, room_name
 from pykvm.crosscheck.mass import ScenarioReport, run_scenarios
+from pykvm.crosscheck.mmu_mass import MmuReport, run_mmu_scenarios
 from pykvm.crosscheck.paging_cases import Runnable
 from pykvm.crosscheck.paging_run import Subject, run_paging
 from pykvm.crosscheck.saved import SavedPaging, save_case
@@ -167,6 +170,29 @@ class _Run:
             self.disagree("scenarios", str(each), Path(each.file), {})
         return report
 
+    def mmu(self, kvm: System, seconds: float, count: int | None, level: Level) -> MmuReport:
+        """Scenarios of KVM's MMU, on the model that is like this host and on KVM."""
+        with open_model(kvm) as model:
+            self.session.note(f"model of {model.description}")
+            report = run_mmu_scenarios(
+                kvm,
+                model,
+                seconds=seconds,
+                seed=self.seed,
+                directory=self.save,
+                level=level,
+                count=count,
+                progress=lambda report: self.tell(
+                    f"scenarios: {plural(report.cases, 'case')}, {plural(report.steps, 'step')}, "
+                    f"{len(report.disagreements)} unexplained"
+                ),
+            )
+        self.cases += report.cases
+        self.unexplained += len(report.disagreements)
+        for each in report.disagreements:
+            self.disagree("scenarios", str(each), Path(each.file), {"level": each.level.value})
+        return report
+
 
 def _until(seconds: float | None, cases: int | None, items: Iterable[_Item]) -> Iterator[_Item]:
     """The items until the time or their number is up."""
@@ -206,8 +232,17 @@ def _open_kvm(session: Session) -> System | None:
 )
 @click.option(
     "--cases",
+    "--count",
+    "cases",
     type=number_type(1, 10**9),
-    help="End after so many instruction cases in each mode, or page walks, even if time is left.",
+    help="End after so many instruction cases in each mode, page walks, or scenarios of a --level, even if "
+    "time is left.",
+)
+@click.option(
+    "--level",
+    type=click.Choice([Level.L2.value, Level.L3.value]),
+    help="Compare scenarios with the model of this host's MMU: the order of ring entries (L2), or also all "
+    "deterministic counters after each step (L3). By default: with the architecture.",
 )
 @click.option(
     "--mode",
@@ -238,6 +273,7 @@ def command(
     mode: str,
     save: Path,
     coverage: Path | None,
+    level: str | None,
 ) -> None:
     """Run random cases on the reference model, on real KVM and on the host's own processor, and compare.
 
@@ -248,12 +284,15 @@ def command(
     kinds = list(_SHARES) if kind == "all" else [kind]
     if coverage is not None and "instructions" not in kinds:
         raise UsageError("Only instruction cases have a coverage table; leave out --coverage or --kind.")
+    if level is not None and "scenarios" not in kinds:
+        raise UsageError("Only scenarios have a level; leave out --level or --kind.")
     check_writable(coverage)
     _check_directory(save)
     kvm = _open_kvm(session)
     again = f"--seed {seed} --kind {kind}"
     again += "" if mode == "all" else f" --mode {mode}"
     again += "" if cases is None else f" --cases {cases}"
+    again += "" if level is None else f" --level {level}"
     session.note(f"seed {seed}; again with: pykvm crosscheck {again}")
     modes = [64, 32, 16] if mode == "all" else [int(mode)]
     run = _Run(session, kvm, seed, save)
@@ -261,7 +300,8 @@ def command(
     try:
         for each in kinds:
             share = seconds * _SHARES[each] if kind == "all" else seconds
-            run.work(partial(_one_kind, run, each, share, cases, modes, summary))
+            mmu = Level(level) if level is not None else None
+            run.work(partial(_one_kind, run, each, share, cases, modes, mmu, summary))
     except KeyboardInterrupt:
         session.document |= {"seed": seed, "kinds": kinds, "disagreements": run.found}
         raise
@@ -310,7 +350,13 @@ def _check_directory(path: Path) -> None:
 
 
 def _one_kind(
-    run: _Run, kind: str, seconds: float, cases: int | None, modes: list[int], summary: dict[str, Any]
+    run: _Run,
+    kind: str,
+    seconds: float,
+    cases: int | None,
+    modes: list[int],
+    level: Level | None,
+    summary: dict[str, Any],
 ) -> None:
     if kind == "instructions":
         # A number of cases holds whatever time it takes.
@@ -321,6 +367,19 @@ def _one_kind(
         run.left_out.append(f"{kind}: there is no real KVM to compare the model with")
     elif kind == "paging":
         summary["paging"] = run.paging(run.kvm, seconds, cases)
+    elif level is not None:
+        compared = run.mmu(run.kvm, seconds, cases, level)
+        summary["mmu"] = {
+            "level": level.value,
+            "cases": compared.cases,
+            "partial": compared.partial,
+            "cases_per_second": compared.cases / compared.seconds if compared.seconds else 0.0,
+            "steps": compared.steps,
+            "ring_entries": compared.entries,
+            "pages": compared.pages,
+            "counters": compared.counters,
+            "hit": dict(sorted(compared.coverage.items())),
+        }
     else:
         found = run.scenarios(run.kvm, seconds)
         summary["scenarios"] = {
@@ -367,6 +426,14 @@ def _show_others(session: Session, summary: dict[str, Any]) -> None:
         )
         for why, count in paging["known"].items():
             session.out.print(f"  {count:>7,}  {why}", markup=False)
+    if "mmu" in summary:
+        mmu = summary["mmu"]
+        session.out.print(
+            f"scenarios at {mmu['level']}: {plural(mmu['cases'], 'case')}, "
+            f"{mmu['cases_per_second']:.0f} a second, {mmu['partial']} in part; compared: "
+            f"{plural(mmu['steps'], 'step')}, {plural(mmu['pages'], 'reported page')}, "
+            f"{count_text(mmu['ring_entries'])} ring entries, {count_text(mmu['counters'])} counters"
+        )
     if "scenarios" in summary:
         scenarios = summary["scenarios"]
         kinds = Counter(name.split()[0] for name in scenarios["hit"])

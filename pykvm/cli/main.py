@@ -32,6 +32,8 @@ _OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
         "migrate": "migrate",
         "crosscheck": "crosscheck",
         "replay": "replay",
+        "interleave": "interleave",
+        "explain": "explain",
         "lab": "lab",
     },
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

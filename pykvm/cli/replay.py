@@ -8,18 +8,21 @@ from typing import Any
 import click
 
 from pykvm.backends import open_system
+from pykvm.cli.mmu import open_model
 from pykvm.cli.parameters import duration_type
 from pykvm.cli.session import Session, common_options
 from pykvm.cli.walks import explain
 from pykvm.crosscheck import paging_run
-from pykvm.crosscheck.compare import Difference
+from pykvm.crosscheck.compare import Difference, Result
 from pykvm.crosscheck.instructions.bench import UNEXPLAINED, Bench, Kind, processor
 from pykvm.crosscheck.instructions.case import InstructionCase
 from pykvm.crosscheck.instructions.compare import describe as describe_case
 from pykvm.crosscheck.instructions.compare import ending
 from pykvm.crosscheck.mass import judge, traces
+from pykvm.crosscheck.mmu_mass import MmuCheck
+from pykvm.crosscheck.run import EVERYTHING
 from pykvm.crosscheck.saved import SavedPaging, load_case
-from pykvm.crosscheck.scenario import Scenario
+from pykvm.crosscheck.scenario import Scenario, is_mmu_scenario
 from pykvm.crosscheck.steps import describe
 from pykvm.crosscheck.trace import Trace
 from pykvm.errors import DisagreementError
@@ -49,7 +52,7 @@ def command(session: Session, file: Path, against: str, timeout: float, steps: b
     """Run the case in FILE, which 'pykvm crosscheck' saved, on two machines and compare.
 
     The exit status is 0 if they agree and 13 if they do not. Scenarios are compared at the levels L4
-    (state), L0 (no page is lost) and L1 (the same pages are reported).
+    (state), L0 (no page is lost) and L1 (the same pages are reported), those of KVM's MMU at L3 (counters).
     """
     case = load_case(file)
     with open_system(session.backend) as first, open_system(against) as second:
@@ -78,11 +81,14 @@ def _replay_scenario(
     steps: bool,
 ) -> str:
     """The first difference in words, empty if there is none."""
-    first, second = traces(scenario, *systems, seconds=timeout)
+    if is_mmu_scenario(scenario):
+        first, second, result = _mmu_traces(scenario, systems, timeout)
+    else:
+        first, second = traces(scenario, *systems, seconds=timeout)
+        result = judge(first, second)
     if steps:
         _show(session, first)
         _show(session, second)
-    result = judge(first, second)
     session.document |= {"name": scenario.name, "steps": len(scenario.steps), "difference": None}
     if isinstance(result, Difference):
         session.document["difference"] = _difference(result)
@@ -90,6 +96,18 @@ def _replay_scenario(
     session.document["note"] = result.note
     session.out.print(str(result), markup=False, soft_wrap=True)
     return ""
+
+
+def _mmu_traces(
+    scenario: Scenario, systems: tuple[System, System], seconds: float
+) -> tuple[Trace, Trace, Result]:
+    """Scenarios of KVM's MMU are compared at L3, a model being that of the other machine's host."""
+    kvm = next((system for system in systems if system.backend == "kvm"), None)
+    with open_model(kvm) as model:
+        first, second = (model if system.backend == "model" else system for system in systems)
+        with MmuCheck(first, second, seconds=seconds) as check:
+            one, other = check.traces(scenario, EVERYTHING)
+            return one, other, check.judge(one, other)
 
 
 def _difference(difference: Difference) -> dict[str, Any]:
@@ -111,6 +129,8 @@ def _show(session: Session, trace: Trace) -> None:
             session.note(f"    exit {reason}")
         for text in filter(None, (step.message, step.impossible, "out of time" if step.overdue else "")):
             session.note(f"    {text}")
+        if step.pushed:
+            session.note("    ring: " + " ".join(f"{slot}:{page:#x}" for _, slot, page in step.pushed))
         if step.dirty is not None:
             session.note("    dirty: " + (", ".join(f"{s}:{gfn:#x}" for s, gfn in step.dirty) or "nothing"))
         if step.changed:

@@ -78,6 +78,9 @@ NOISY: Final[Mapping[str, str]] = {
     "directed_yield_attempted": "how the host schedules",
     "directed_yield_successful": "how the host schedules",
     "notify_window_exits": "time",
+    "mmu_kicks_spared": "kvm_pvm's own, as the next two; contention with other threads moves them",
+    "pf_parked": "kvm_pvm's own",
+    "pf_park_timeouts": "kvm_pvm's own",
 }
 """Counters that are not compared, with the reason."""
 

@@ -180,6 +180,12 @@ class Scenario:
         path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
 
 
+def is_mmu_scenario(scenario: Scenario) -> bool:
+    """Whether it is one for KVM's MMU: its guest has page tables of its own."""
+    guest = scenario.guest
+    return isinstance(guest, CodeGuest) and guest.vcpus[0].controls is not None
+
+
 # --- what the members may hold -------------------------------------------------------------------
 
 _U16, _U32, _U64 = unsigned(16), unsigned(32), unsigned(64)

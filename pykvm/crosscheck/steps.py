@@ -303,6 +303,8 @@ _HEXADECIMAL: Final = frozenset(
 
 def describe(step: Step) -> str:
     """The step in a line, for people: its kind and its members."""
+    if isinstance(step, Access):
+        return _describe_access(step)
     parts = []
     for field in fields(step):
         value = getattr(step, field.name)
@@ -314,3 +316,12 @@ def describe(step: Step) -> str:
             value = f"{value:#x}"
         parts.append(f"{field.name}={value}")
     return " ".join([step.kind, *parts])
+
+
+def _describe_access(step: Access) -> str:
+    snippet = SNIPPETS[step.snippet]
+    text = f"access {step.snippet} at {step.address:#x}"
+    text += f", second address {step.second:#x}" if snippet.reads_second else ""
+    text += f", value {step.value:#x}" if step.value else ""
+    text += f", count {step.count:#x}" if step.count else ""
+    return f"{text}, CPL {step.cpl}" + (f", vCPU {step.vcpu}" if step.vcpu else "")

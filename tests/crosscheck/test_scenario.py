@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 
 from pykvm.crosscheck import steps as plan
 from pykvm.crosscheck.generate import scenarios
+from pykvm.crosscheck.mmu_examples import EXAMPLES
 from pykvm.crosscheck.scenario import Scenario, Surplus, WorkloadPlan
 from pykvm.errors import UsageError
 from pykvm.machine import SlotFlags
@@ -25,9 +28,56 @@ def through_json(scenario: Scenario) -> Scenario:
     return Scenario.from_json(json.loads(json.dumps(scenario.to_json())))
 
 
+MMU = replace(
+    EXAMPLES["first-store"].scenario,
+    steps=(
+        plan.Access("movs8", 0x5000, 1, 2, 0x7000, 0, 0),
+        plan.SetControls(0, cr3=0x10000),
+        plan.SetControls(0, cr0=1, cr4=2, efer=3),
+        plan.Translate(0x5000),
+    ),
+)
+
+
 def test_every_kind_of_step_survives_json() -> None:
-    assert {step.kind for step in FULL.steps} == set(plan.KINDS)
+    assert {step.kind for step in (*FULL.steps, *MMU.steps)} == set(plan.KINDS)
     assert through_json(FULL) == FULL
+    assert through_json(MMU) == MMU
+
+
+def mmu_with(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    data: dict[str, Any] = MMU.to_json()
+    change(data)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (mmu_with(lambda d: d["steps"][0].update(snippet="store3")), "steps[0].snippet must be one of load1"),
+        (mmu_with(lambda d: d["steps"][0].update(cpl=4)), "steps[0].cpl must be in 0 to 0x3"),
+        (mmu_with(lambda d: d["steps"][0].update(vcpu=1)), "steps[0].vcpu must be below 1"),
+        (mmu_with(lambda d: d["steps"][1].update(cr3="x")), "steps[1].cr3 must be an integer"),
+        (mmu_with(lambda d: d["steps"][3].pop("linear")), "steps[3].linear is missing"),
+        (
+            mmu_with(lambda d: d["guest"].update(snippets=None)),
+            "steps[0] needs a guest with a page for snippets",
+        ),
+        (mmu_with(lambda d: d["guest"].update(snippets=8)), "guest.snippets must be a multiple of 4096"),
+        (mmu_with(lambda d: d["guest"].update(snippets=1 << 30)), "guest.snippets reaches beyond memory 0"),
+        (
+            mmu_with(lambda d: d["guest"]["vcpus"][0]["controls"].pop("cr3")),
+            "guest.vcpus[0].controls.cr3 is missing",
+        ),
+        (
+            mmu_with(lambda d: d["guest"]["vcpus"].append(d["guest"]["vcpus"][0] | {"controls": None})),
+            "guest.vcpus[].controls must be given for all vCPUs or none",
+        ),
+    ],
+)
+def test_a_malformed_scenario_of_the_mmu_is_refused(data: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(sentence)):
+        Scenario.from_json(data)
 
 
 def test_a_workload_survives_json() -> None:
