@@ -59,6 +59,7 @@ class Collector(Actor[Vm, CollectorFrame]):
             "reset": (self._reset,),
             "protect": (self._protect,),
             "flush": (self._flush,),
+            "return": (self._return,),
             "read": (self._read,),
             "pause": (self._pause,),
             "idle": (self._idle,),
@@ -93,10 +94,11 @@ class Collector(Actor[Vm, CollectorFrame]):
         self._next(me)
         did = f"exchanges the word with 0: {words(pages_of(me.mask))}"
         if not me.mask:
-            self._skip(me, "protect", "flush", "read")
+            self._skip(me, "protect", "flush", "return", "read")
             return did
-        if "protect" in me.todo:
-            vm.mmu_lock = self.name
+        if "protect" not in me.todo or not self._rules.protect_locks:
+            return did
+        vm.mmu_lock = self.name
         return f"takes mmu_lock, {did}"
 
     def _get(self, vm: Vm, me: CollectorFrame) -> str:
@@ -104,7 +106,7 @@ class Collector(Actor[Vm, CollectorFrame]):
         self._next(me)
         if not me.mask:
             self._skip(me, "clear", "protect", "flush", "read")
-        return f"GET copies the bitmap: {words(pages_of(me.mask))}"
+        return f"KVM_GET_DIRTY_LOG copies the bitmap: {words(pages_of(me.mask))}"
 
     def _clear(self, vm: Vm, me: CollectorFrame) -> str | None:
         if vm.mmu_lock:
@@ -113,7 +115,7 @@ class Collector(Actor[Vm, CollectorFrame]):
         vm.bitmap &= ~me.armed
         vm.mmu_lock = self.name
         self._next(me)
-        return f"CLEAR takes mmu_lock, clears {words(pages_of(me.armed))}"
+        return f"takes mmu_lock, clears {words(pages_of(me.armed))}"
 
     @staticmethod
     def _skip(me: CollectorFrame, *phases: str) -> None:
@@ -220,6 +222,11 @@ class Collector(Actor[Vm, CollectorFrame]):
         if me.cursor == len(vm.mode):
             self._next(me)
         return did
+
+    def _return(self, vm: Vm, me: CollectorFrame) -> str:
+        """Only where the order is in question: otherwise the return is part of the first copy."""
+        self._next(me)
+        return f"returns the bitmap to userspace: {words(pages_of(me.mask))}"
 
     def _read(self, vm: Vm, me: CollectorFrame) -> str:
         """Userspace copies the contents of one page."""

@@ -45,6 +45,7 @@ class Rules:
 
     # 3.2, 3.1: a mark without a loaded vCPU; the last collection comes after all vCPUs left KVM_RUN
     marks_without_vcpu: bool = True
+    outside_ring: bool = False  # x86 has no writers without a vCPU while rings are on (4.8)
     pause: bool = True
 
     # 9: count, write-protect and clear MMU-writable, flush, return

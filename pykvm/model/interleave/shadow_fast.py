@@ -20,8 +20,8 @@ from pykvm.model.interleave.rules import Repair, Rules
 from pykvm.model.interleave.state import pages_of, put, words
 
 NO_FRAME = -1
-FRESH = 9
-"""The page frame that a gfn without one gets at a fault."""
+FRESH = 8
+"""The page frame that gfn 0 gets at a fault if it has none; the next one is for gfn 1."""
 
 
 class Gpte(NamedTuple):
@@ -53,7 +53,7 @@ class Shadow(Record):
     backing: tuple[int, ...]
     memory: tuple[int, ...]
     copied: tuple[int, ...]
-    tlb: tuple[int, ...]  # the page frame of a cached writable translation
+    tlb: tuple[int, ...]  # the gfn of a cached writable translation, or -1
     recent: frozenset[Gpte]  # what the gPTE was since the guest last flushed
     bitmap: int = 0
     pins: int = 0
@@ -74,12 +74,12 @@ class Shadow(Record):
             backing=backing,
             memory=none,
             copied=none,
-            tlb=(NO_FRAME,) * vcpus,
+            tlb=(-1,) * vcpus,
             recent=frozenset({gpte}),
         )
 
     def flush(self) -> None:
-        self.tlb = (NO_FRAME,) * len(self.tlb)
+        self.tlb = (-1,) * len(self.tlb)
 
     def drop(self) -> None:
         """Zap the SPTE and flush."""
@@ -131,28 +131,25 @@ class Faulter(Actor[Shadow, ShadowFrame]):
     def _store(self, vm: Shadow, me: ShadowFrame) -> str | None:
         if vm.paused:
             return None
-        frame = vm.tlb[self._number]
-        if frame != NO_FRAME:
-            return self._through(vm, me, frame)
+        if vm.tlb[self._number] >= 0:
+            return self._through(vm, me, vm.tlb[self._number])
         if vm.spte.writable:
-            vm.tlb = put(vm.tlb, self._number, vm.spte.frame)
-            return f"walks: the SPTE has W=1, caches frame {vm.spte.frame}"
+            vm.tlb = put(vm.tlb, self._number, vm.gfn)
+            return f"walks: the SPTE has W=1, caches it (gfn {vm.gfn} in frame {vm.spte.frame})"
         vm.inside += 1
         me.todo = ("slow",) if self._rules.shadow_repair is Repair.SLOW else ("read",)
         return "walks for a store to X: the SPTE is not writable, exits"
 
-    def _through(self, vm: Shadow, me: ShadowFrame, frame: int) -> str:
-        reached = [gfn for gfn, backed in enumerate(vm.backing) if backed == frame]
-        did = f"stores to X through its TLB: frame {frame}, gfn {' and '.join(map(str, reached)) or 'none'}"
+    def _through(self, vm: Shadow, me: ShadowFrame, gfn: int) -> str:
+        did = f"stores to X through its TLB: gfn {gfn}"
         me.program = me.program[1:]
-        if not any(gpte.writable and gpte.gfn in reached for gpte in vm.recent):
+        if not any(gpte.writable and gpte.gfn == gfn for gpte in vm.recent):
             raise BrokenProperty(did, "the guest took this translation back and flushed, and yet it was used")
         if not vm.gpte.dirty:
-            raise BrokenProperty(did, "the guest's own D flag is clear: the guest loses the write")
-        if vm.shadowed and 0 in reached:
+            raise BrokenProperty(did, "the gPTE's D flag is clear: the guest itself loses the write")
+        if vm.shadowed and gfn == 0:
             raise BrokenProperty(did, "gfn 0 is a shadowed page table, and KVM does not learn of the write")
-        for gfn in reached:
-            vm.memory = put(vm.memory, gfn, vm.memory[gfn] + 1)
+        vm.memory = put(vm.memory, gfn, vm.memory[gfn] + 1)
         return did
 
     def _lead_to_0(self, vm: Shadow, me: ShadowFrame) -> str | None:
@@ -266,7 +263,7 @@ class Faulter(Actor[Shadow, ShadowFrame]):
             vm.gpte = vm.gpte._replace(dirty=True)
             vm.recent |= {vm.gpte}
         if vm.backing[gfn] == NO_FRAME:
-            vm.backing = put(vm.backing, gfn, FRESH)
+            vm.backing = put(vm.backing, gfn, FRESH + gfn)
         vm.spte = ShadowSpte(vm.backing[gfn], True, True)
         vm.gfn = gfn
         vm.bitmap |= 1 << gfn
