@@ -205,7 +205,11 @@ class Seen:
 def _differences(
     after: Mapping[str, int], before: Mapping[str, int], names: tuple[str, ...]
 ) -> dict[str, int]:
-    return {name: after[name] - before[name] for name in names if after.get(name, 0) != before.get(name, 0)}
+    return {
+        name: after.get(name, 0) - before.get(name, 0)
+        for name in names
+        if after.get(name, 0) != before.get(name, 0)
+    }
 
 
 class Rig:
