@@ -45,6 +45,7 @@ static int answer_run(int fd, unsigned long request, unsigned long argument)
 #include "../../pykvm/abi/hot/run.c"
 #undef ioctl
 #include "../../pykvm/abi/hot/signals.c"
+#include "../../pykvm/abi/hot/userfault.c"
 
 #define CHECK(condition) \
     do { \
@@ -533,6 +534,72 @@ static void test_ring_and_producer(void)
     pthread_join(producer, NULL);
 }
 
+/* Two threads write to protected shared memory while its marks are taken and the pages protected anew. */
+enum { FAULT_PAGES = 70, FAULT_ROUNDS = 40 };
+static char *faulting;
+
+static void *write_pages(void *argument)
+{
+    size_t first = (size_t)argument;
+
+    for (int round = 0; round < FAULT_ROUNDS; round++)
+        for (size_t page = first; page < FAULT_PAGES; page += 2)
+            __atomic_fetch_add(&faulting[page * PAGE], 1, __ATOMIC_RELAXED);
+    return NULL;
+}
+
+static void protect_pages(int fd, char *start, size_t pages)
+{
+    struct uffdio_writeprotect protect = { { (__u64)start, pages * PAGE }, UFFDIO_WRITEPROTECT_MODE_WP };
+
+    CHECK(!ioctl(fd, UFFDIO_WRITEPROTECT, &protect));
+}
+
+static void test_faults(void)
+{
+    __u64 words[2] = { 0, 0 }, taken[2] = { 0, 0 };
+    struct uffdio_api api = { UFFD_API, UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM, 0 };
+    struct pykvm_fault_range range = { 0, FAULT_PAGES, words };
+    int fd = pykvm_userfaultfd(O_CLOEXEC | O_NONBLOCK), error = 0, marked = 0;
+    pthread_t writers[2];
+
+    if (fd < 0 || ioctl(fd, UFFDIO_API, &api)) {
+        CHECK(fd >= 0 || fd == -EPERM || fd == -ENOSYS); /* not for everybody, not before 5.19 */
+        return;
+    }
+    faulting = mmap(NULL, FAULT_PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    struct uffdio_register registration = { { (__u64)faulting, FAULT_PAGES * PAGE }, UFFDIO_REGISTER_MODE_WP, 0 };
+
+    range.start = (__u64)faulting;
+    CHECK(!ioctl(fd, UFFDIO_REGISTER, &registration));
+    struct pykvm_faults *faults = pykvm_faults_start(fd, &range, 1, &error);
+
+    CHECK(faults && !error);
+    protect_pages(fd, faulting, FAULT_PAGES);
+    faulting[3 * PAGE + 5] = faulting[69 * PAGE] = 1;
+    pykvm_faults_take(faults, 0, taken);
+    CHECK(taken[0] == 1 << 3 && taken[1] == 1 << 5 && pykvm_faults_count(faults) == 2);
+    protect_pages(fd, faulting, FAULT_PAGES);
+    for (size_t i = 0; i < 2; i++)
+        pthread_create(&writers[i], NULL, write_pages, (void *)i);
+    for (int round = 0; round < 20 || marked < FAULT_PAGES; round++) {
+        pykvm_faults_take(faults, 0, taken);
+        for (size_t page = 0; page < FAULT_PAGES; page++)
+            if (taken[page / 64] >> page % 64 & 1) {
+                marked++;
+                protect_pages(fd, faulting + page * PAGE, 1);
+            }
+    }
+    pthread_join(writers[0], NULL);
+    pthread_join(writers[1], NULL);
+    CHECK(!ioctl(fd, UFFDIO_UNREGISTER, &registration.range));
+    pykvm_faults_stop(faults);
+    close(fd);
+    for (size_t page = 0; page < FAULT_PAGES; page++)
+        CHECK(faulting[page * PAGE] == FAULT_ROUNDS + (page == 69));
+    munmap(faulting, FAULT_PAGES * PAGE);
+}
+
 int main(void)
 {
     test_bitmap();
@@ -547,6 +614,7 @@ int main(void)
     test_signals();
     test_no_moment_is_missed();
     test_ring_and_producer();
+    test_faults();
     puts("all fine");
     return 0;
 }
