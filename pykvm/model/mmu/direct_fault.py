@@ -1,4 +1,4 @@
-"""A fault on a guest-physical address: what is known of it while KVM works on it (``struct kvm_page_fault``)."""
+"""What KVM knows of a fault on a guest-physical address while it works on it (``struct kvm_page_fault``)."""
 
 from __future__ import annotations
 

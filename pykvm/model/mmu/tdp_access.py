@@ -1,13 +1,13 @@
-"""What the processor does natively under nested paging: the two-dimensional walk and its TLB (kvm-mmu.md 13.4).
+"""What the processor does natively under nested paging: its two-dimensional walk and TLB (kvm-mmu.md 13.4).
 
 Every guest-physical address that an access touches, those of the guest's tables included, is looked up in the
 second stage.  A violation there is a VM exit, which KVM's fault pipeline handles; then the guest tries again.
 
 Where the architecture leaves open what happens, the model decides:
 
-* The guest's A flags: with NPT the processor sets A of an upper entry as soon as it goes on to the next level,
-  even if the walk then faults; with EPT it sets nothing before the walk has succeeded.  A and D of the leaf
-  are set when the access is permitted, before the second stage of the page itself is looked at.
+* The guest's A flags: with NPT the processor sets A of an upper entry as soon as it goes on to the next
+  level, even if the walk then faults; with EPT it sets nothing before the walk has succeeded.  A and D of the
+  leaf are set when the access is permitted, before the second stage of the page itself is looked at.
 * The TLB keeps translations by the kind of access that made them until the next VM exit, INVLPG or change of
   a control register.  A processor may drop any translation at any time, and the emulated ones under which KVM
   can be watched do so at each exit.  Translations of other PCIDs are therefore not kept either.
@@ -25,7 +25,7 @@ from pykvm.model.mmu.page_fault import page_fault
 from pykvm.model.mmu.pml import PmlBuffer
 from pykvm.model.mmu.profile import Paging
 from pykvm.model.mmu.spte import NX, A, D, P, W
-from pykvm.model.mmu.tdp_fault import direct_page_fault
+from pykvm.model.mmu.tdp_fault import direct_page_fault, mmio_spte_is_current
 from pykvm.model.paging import Control, walk
 from pykvm.model.paging_format import PAE, Access, format_of
 from pykvm.x86.bits import Cr0, Pte
@@ -103,6 +103,13 @@ class TdpAccess:
         self.flush()
         if self.pml is not None:
             self.pml.flush()
+
+    def handle_mmio(self, gpa: int) -> bool:
+        """Whether an MMIO SPTE of the current memslot generation answers a reserved-bit fault at gpa."""
+        if not mmio_spte_is_current(self._vcpu, gpa >> 12):
+            return False
+        self._vcpu.remember_mmio(gpa, gpa >> 12)
+        return True
 
     def page_fault(self, gpa: int, error_code: int) -> RetPf:
         """KVM's side of a violation."""

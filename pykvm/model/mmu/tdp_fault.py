@@ -31,10 +31,10 @@ def direct_page_fault(vcpu: VcpuMmu, gpa: int, error_code: int) -> RetPf:
     gfn = gpa >> 12
     slot = mmu.memslots.lookup(gfn, vcpu.load_as_id)
     fault = DirectFault(gfn, error_code, slot)
-    if slot is not None and slot.gfn_write_track and fault.write and fault.present and not fault.rsvd:
-        if mmu.page_track.is_tracked(slot, gfn):
-            _note(vcpu, f"gfn {gfn:#x} is write-tracked: the write is emulated")
-            return _write_protected(vcpu)
+    intercepted = fault.write and fault.present and not fault.rsvd
+    if intercepted and mmu.page_track.is_tracked(slot, gfn):
+        _note(vcpu, f"gfn {gfn:#x} is write-tracked: the write is emulated")
+        return _write_protected(vcpu)
     result = fix_tdp(vcpu, fault)
     if result is not RetPf.INVALID:
         return result
@@ -83,6 +83,7 @@ def handle_noslot(vcpu: VcpuMmu, fault: DirectFault) -> RetPf:
     """``kvm_handle_noslot_fault``: emulate, having made an MMIO SPTE where the host caches such accesses."""
     mmu = vcpu.mmu
     assert mmu.tdp is not None
+    vcpu.remember_mmio(fault.gfn << 12, fault.gfn)
     if not mmu.profile.mmio_caching or fault.gfn >> mmu.profile.physical_bits - 12:
         return RetPf.EMULATE
     as_id = vcpu.load_as_id

@@ -64,7 +64,8 @@ class TdpMmu:
             self._zap_root(root)
 
     def zap_all_fast(self) -> None:
-        """Every root becomes invalid and its tables go away, with one flush request per page table."""
+        """Every root becomes invalid and its tables go away; their vCPUs flush when they take a new root, so
+        that nothing is requested."""
         roots, self._roots = self._roots, [None] * len(self._roots)
         for root in roots:
             if root is not None:
@@ -78,8 +79,6 @@ class TdpMmu:
         root.mmio.clear()
         for tables in root.tables:
             self.mmu.counters.nx_lpage_splits -= sum(tables.values())
-            for _ in tables:
-                self.mmu.flush_remote_tlbs()  # handle_removed_pt
             tables.clear()
 
     # --- leaves --------------------------------------------------------------------------------------
@@ -108,7 +107,7 @@ class TdpMmu:
         self.mmu.counters.nx_lpage_splits += nx_split
 
     def remove_table(self, root: TdpRoot, level: int, key: int) -> None:
-        """``handle_removed_pt``: a page table goes with all below it; each table requests one flush."""
+        """``handle_removed_pt``: a page table goes with all below it; the flush is the caller's."""
         if level > 1:
             below = root.tables[level - 1]
             for child in [index for index in range(key << 9, key + 1 << 9) if index in below]:
@@ -120,7 +119,6 @@ class TdpMmu:
             for gfn in [gfn for gfn in root.mmio if gfn >> 9 == key]:
                 del root.mmio[gfn]
         self.mmu.counters.nx_lpage_splits -= root.tables[level].pop(key)
-        self.mmu.flush_remote_tlbs()
 
     # --- faults --------------------------------------------------------------------------------------
 
@@ -201,7 +199,7 @@ class TdpMmu:
         if not fault.map_writable:
             return spte, False
         spte |= HOST_WRITABLE
-        if not old & W and slot.gfn_write_track is not None and mmu.page_track.is_tracked(slot, fault.gfn):
+        if not old & W and mmu.page_track.is_tracked(slot, fault.gfn):
             return spte, True
         spte |= WRITE_BITS | D if self.ad_bits else WRITE_BITS
         if slot.flags & 1:

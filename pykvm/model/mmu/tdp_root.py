@@ -55,7 +55,7 @@ class TdpRoot:
         return _between(self.leaves[level], first >> 9 * (level - 1), last >> 9 * (level - 1))
 
     def tables_within(self, level: int, first: int, last: int) -> list[int]:
-        """Keys of the page tables of ``level`` whose whole range lies within gfns first to last, ascending."""
+        """Keys of the page tables of ``level`` that lie wholly within gfns first to last, ascending."""
         shift = 9 * level
         return _between(self.tables[level], -(-first >> shift), (last + 1 >> shift) - 1)
 

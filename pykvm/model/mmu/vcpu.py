@@ -104,6 +104,7 @@ class VcpuMmu:
         if self.tdp is not None:
             self.root = root_role(control, self.mmu.profile)
             self.tdp.flush()
+            self._flush_guest |= self._flushes_nested(old, change)
             return
         if change is ControlChange.HOST:
             if (old.cr0, old.cr3, old.cr4, old.efer) != (control.cr0, control.cr3, control.cr4, control.efer):
@@ -113,6 +114,17 @@ class VcpuMmu:
             self._mov_cr3(old)
         else:
             self._mode_changed(old)
+
+    def _flushes_nested(self, old: Control, change: ControlChange) -> bool:
+        """Whether KVM has a vCPU with nested paging flush: the guest's own MOV to CR3 is no exit."""
+        new = self.control
+        if change is ControlChange.HOST:
+            same = (old.cr0, old.cr3, old.cr4, old.efer) == (new.cr0, new.cr3, new.cr4, new.efer)
+            return not same and self.mmu.profile.flushes_first_root
+        if change is ControlChange.MOV_CR3:
+            return False
+        cr4 = old.cr4 ^ new.cr4
+        return bool(cr4 & _PGE or (cr4 & _PCIDE and not new.cr4 & _PCIDE) or old.cr0 & ~new.cr0 & Cr0.PG)
 
     def _reset_context(self) -> None:
         """``kvm_mmu_reset_context``."""
@@ -182,7 +194,9 @@ class VcpuMmu:
             if self.tdp is None:
                 self.roots.sync()
                 self.roots.free_unsync_previous()
-        if self.tdp is None and self.roots.current is None:
+        if self.tdp is not None:
+            self.tdp.flush()
+        elif self.roots.current is None:
             self.roots.load()
             self.roots.sync()
             self.flush_tlb()
@@ -362,11 +376,11 @@ class VcpuMmu:
             self._invalidate(delivered.address, all_roots=False)
 
     def invlpg(self, linear: int) -> None:
-        """An intercepted or emulated INVLPG (10.5)."""
-        self.counters.invlpg += 1
+        """INVLPG (10.5), which is intercepted and counted only without nested paging."""
         if self.tdp is not None:
             self.tdp.flush()
             return
+        self.counters.invlpg += 1
         self._invalidate(linear, all_roots=True)
 
     def _invalidate(self, linear: int, *, all_roots: bool) -> None:
@@ -425,6 +439,8 @@ class VcpuMmu:
         """``handle_mmio_page_fault``: a reserved-bit fault that means MMIO; False for a stale generation."""
         if self.is_mmio(address):
             return True
+        if self.tdp is not None:
+            return self.tdp.handle_mmio(address)
         sp = self.top_page(address)
         while sp is not None:
             index = address >> 3 + 9 * sp.level & 511
