@@ -60,9 +60,10 @@ class ShadowSptes:
         if host_writable:
             new |= _HOST
             if access & roles.ACC_WRITE:
-                if old & _W:
-                    new |= _WRITABLE  # it was writable already, so everything below was looked at before
-                elif self.mmu.unsync.try_to_unsync(slot, gfn, synchronizing=synchronizing, prefetch=prefetch):
+                # An old SPTE that was writable had its page's shadow pages made unsync already.
+                if old & _W or self.mmu.unsync.try_to_unsync(
+                    slot, gfn, synchronizing=synchronizing, prefetch=prefetch
+                ):
                     new |= _WRITABLE | _D
                 else:
                     protected = True
