@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 
 from pykvm.crosscheck.scenario import Scenario
 from pykvm.crosscheck.trace import Trace
+
+
+class HostKind(Enum):
+    """Which hosts an example's values are for."""
+
+    EMULATES_KERNEL = "shadow paging, CPL 0 emulated"
+    SHADOW = "shadow paging"
+    NESTED = "nested paging in which every walk counts as a write of the tables, without PML"
+    PML = "nested paging with PML"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +39,14 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A worked example: ``source`` is its row, ``kernel`` whether guest code runs at CPL 0 and the values are
-    those of a host that emulates it."""
+    """A worked example: ``source`` is its row; the values are those of hosts of the kind ``host``."""
 
     name: str
     title: str
     source: str
     scenario: Scenario
     expected: tuple[Expected, ...]
-    kernel: bool = True
+    host: HostKind = HostKind.EMULATES_KERNEL
 
 
 def mismatches(example: Example, trace: Trace) -> list[str]:
