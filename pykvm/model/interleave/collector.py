@@ -244,10 +244,11 @@ class Collector(Actor[Vm, CollectorFrame]):
 
     def _pause(self, vm: Vm, me: CollectorFrame) -> str | None:
         """KVM_RUN returns on every vCPU: what it had begun is done, and its PML buffer is empty."""
-        if any(mode is Mode.HOST for mode in vm.mode) or vm.outside:
+        waits = self._rules.pause_waits
+        if waits and (any(mode is Mode.HOST for mode in vm.mode) or vm.outside):
             return None
-        did = "pauses all vCPUs: KVM_RUN has returned"
-        vm.mode = (Mode.USER,) * len(vm.mode)
+        did = "pauses all vCPUs" + (": KVM_RUN has returned" if waits else ", does not wait for them")
+        vm.mode = tuple(Mode.USER if mode is Mode.GUEST else mode for mode in vm.mode)
         vm.paused = True
         for vcpu in vm.vcpus:
             if vm.pml and vm.pml[vcpu]:

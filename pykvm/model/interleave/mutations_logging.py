@@ -51,6 +51,17 @@ GET = (
         harmless=True,
     ),
     Mutation(
+        "pause-without-waiting",
+        "bitmap",
+        {"pause_waits": False},
+        "For the last collection userspace asks the vCPUs to stop and does not wait until KVM_RUN has "
+        "returned.",
+        "One vCPU is between the compare-and-exchange of its fast page fault and the mark. Another one has "
+        "used the new W=1 already. The mark comes when the last collection is over.",
+        "The last collection comes after KVM_RUN has returned on every vCPU: what a fault has begun is then "
+        "done (kvm-mmu.md 11.2, 15.13).",
+    ),
+    Mutation(
         "manual-copy-before-clear",
         "manual",
         {"manual_order": ("get", "read", "clear", "protect", "flush")},

@@ -47,6 +47,7 @@ class Rules:
     marks_without_vcpu: bool = True
     outside_ring: bool = False  # x86 has no writers without a vCPU while rings are on (4.8)
     pause: bool = True
+    pause_waits: bool = True
 
     # 9: count, write-protect and clear MMU-writable, flush, return
     track_order: tuple[str, ...] = ("count", "protect", "flush", "return")

@@ -85,7 +85,6 @@ class Vm(Record):
 
     tracked: tuple[int, ...] = ()  # gfn_write_track
     promised: tuple[bool, ...] = ()  # an add has returned, no removal began
-    notified: tuple[int, ...] = ()
 
     slot: Slot = Slot.VALID
     memslots: int = 0  # how often new memslots were published
@@ -108,7 +107,6 @@ class Vm(Record):
             copied=none,
             tracked=none,
             promised=(False,) * pages,
-            notified=none,
             readers=(None,) * vcpus,
         )
 

@@ -133,6 +133,9 @@ class Vcpu(Actor[Vm, VcpuFrame]):
         vm.readers = put(vm.readers, self._number, None)
         me.todo = ()
         me.old, me.slot = NO_SPTE, Slot.VALID
+        if vm.paused:
+            vm.set_mode(self._number, Mode.USER)
+            return "; leaves KVM_RUN"
         if vm.rings and self._rules.full_check and self._used(vm) >= self._soft_limit:
             vm.set_mode(self._number, Mode.USER)
             me.todo = ("full",)
@@ -251,7 +254,6 @@ class Vcpu(Actor[Vm, VcpuFrame]):
 
     def _notify(self, vm: Vm, me: VcpuFrame) -> str:
         gfn = me.gfn
-        vm.notified = put(vm.notified, gfn, vm.notified[gfn] + 1)
         me.stores = me.stores[1:]
         return f"emulator: track_write for page {gfn}{self._enter(vm, me)}"
 
