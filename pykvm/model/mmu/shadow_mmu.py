@@ -275,13 +275,15 @@ class ShadowMmu(ShadowSptes):
         self.commit(zapped)
 
     def unprotect_gfn(self, gfn: int) -> bool:
-        """``kvm_mmu_unprotect_page``: zap every shadow page of a gfn, so that it may be written natively."""
+        """``kvm_mmu_unprotect_page``: zap every shadow page of a gfn, so that it may be written natively.
+
+        Whether one was zapped for good: a vCPU's root only becomes invalid and does not count.
+        """
         zapped: list[ShadowPage] = []
-        found = False
         for sp in tuple(self.by_gfn.get(gfn, ())):
             if not self.is_obsolete(sp):
-                found = True
                 self.prepare_zap(sp, zapped)
+        found = bool(zapped)
         self.commit(zapped)
         return found
 
