@@ -135,7 +135,9 @@ def _difference(story: Story) -> Difference | None:
 def _step(step: StepStory, backends: list[str]) -> list[str]:
     lines = ["", f"step {step.number}: {step.action}"]
     lines += indented([f"tables: {step.walks[0]}", *step.walks[1:]] if step.walks else [])
-    lines += indented([f"{what} [{rule}]" for what, rule in step.events])
+    for what, rule in step.events:
+        first, *more = f"{what} [{rule}]".split("\n")
+        lines += [*indented([first]), *indented([line.strip() for line in more], 2)]
     shown = list(step.shown.values())
     if shown and all(each == shown[0] for each in shown):
         lines += indented(shown[0])
