@@ -12,7 +12,7 @@ from pykvm.cli.parameters import duration_type, number_type, rate_type, size_typ
 from pykvm.guest.workloads import WorkloadConfig
 from pykvm.memory import PAGE_SIZE
 from pykvm.migrate import SABOTAGES
-from pykvm.track import TRACKERS, Tracker, make_tracker
+from pykvm.track import HOST_TRACKERS, TRACKERS, Tracker, make_tracker
 
 Command = Callable[..., Any]
 _LARGE_PAGE = 2 << 20
@@ -90,10 +90,10 @@ def tracker_options(command: Command) -> Command:
         ),
         click.option(
             "--tracker",
-            type=click.Choice(TRACKERS),
+            type=click.Choice((*TRACKERS, *HOST_TRACKERS)),
             default="bitmap",
             show_default=True,
-            help="How to learn what the guest wrote.",
+            help="How to learn what the guest wrote; the last two see the host's devices, too.",
         ),
     ):
         command = option(command)

@@ -32,7 +32,7 @@ from pykvm.kvm import KvmVm
 from pykvm.machine import DirtyPages, Exit, Machine, Vcpu
 from pykvm.memory import PAGE_SIZE
 from pykvm.report.text import bytes_text, plural, seconds_text
-from pykvm.track import TRACKERS, Tracker, make_tracker
+from pykvm.track import HOST_TRACKERS, TRACKERS, Tracker, make_tracker
 
 _SERIAL_PORTS = 8
 _FIRST_EXITS_SHOWN = 10_000
@@ -166,7 +166,7 @@ def _dirty_document(tracker: Tracker | None, pages: DirtyPages) -> dict[str, Any
 @click.option(
     "--log",
     "log",
-    type=click.Choice(["none", *TRACKERS]),
+    type=click.Choice(["none", *TRACKERS, *HOST_TRACKERS]),
     default="none",
     show_default=True,
     help="Log dirty pages this way, and tell at the end what the guest wrote.",

@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pykvm.errors import HostError, PykvmError, UsageError
+from pykvm import track
+from pykvm.errors import HostError, UsageError
 from pykvm.machine import IoOut, Kicked, SlotFlags, System
 from pykvm.memory import PAGE_SIZE, GuestMemory
-from pykvm.track import HOST_TRACKERS, PagemapTracker, Tracker, UserfaultfdTracker, make_tracker, uffd
+from pykvm.track import PagemapTracker, Tracker, UserfaultfdTracker, make_tracker, uffd
 from pykvm.track.host_pages import HostRange, merged
+from tests.host_trackers import HOST_TRACKERS, host_tracker
 from tests.rings import LEAST_RING
 
 from .conftest import Rig
@@ -37,33 +39,11 @@ from .writing import DATA, DONE, PAGES, Writing, word
 
 MakeRig = Callable[..., Rig]
 STORE = bytes.fromhex("488907")
-KINDS: dict[str, Callable[[], Tracker]] = {
-    "userfaultfd-async": lambda: UserfaultfdTracker("async"),
-    "userfaultfd-sync": lambda: UserfaultfdTracker("sync"),
-    "pagemap": PagemapTracker,
-}
 
 
-def why_not(asynchronous: bool) -> str:
-    try:
-        uffd.Userfaultfd(asynchronous=asynchronous).close()
-    except PykvmError as error:
-        return str(error)
-    return ""
-
-
-WHY_NOT = {name: why_not(name != "userfaultfd-sync") for name in KINDS}
-
-
-def made(name: str) -> Tracker:
-    if WHY_NOT[name]:
-        pytest.skip(WHY_NOT[name])
-    return KINDS[name]()
-
-
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=HOST_TRACKERS)
 def tracker(request: pytest.FixtureRequest) -> Tracker:
-    return made(request.param)
+    return host_tracker(request.param)
 
 
 @pytest.fixture
@@ -297,7 +277,7 @@ def test_disarming_lets_a_writer_go_on(guest: Writing, tracker: Tracker) -> None
 
 
 def test_the_thread_counts_the_faults_that_it_answers(guest: Writing) -> None:
-    tracker = made("userfaultfd-sync")
+    tracker = host_tracker("userfaultfd-sync")
     assert isinstance(tracker, UserfaultfdTracker)
     tracker.arm(guest.machine)
     for at in (0x210000, 0x210008, 0x211000):
@@ -323,7 +303,7 @@ class Library:
 REAL = uffd.lib
 
 
-@pytest.mark.parametrize("name", HOST_TRACKERS)
+@pytest.mark.parametrize("name", track.HOST_TRACKERS)
 @pytest.mark.parametrize(
     ("number", "text"),
     [
@@ -344,7 +324,7 @@ def test_what_the_host_does_not_allow_is_one_sentence(
 
 
 def test_an_old_kernel_is_told(guest: Writing, monkeypatch: pytest.MonkeyPatch) -> None:
-    made("userfaultfd-sync")
+    host_tracker("userfaultfd-sync")
     features = uffd._features
     without = [REAL.UFFD_FEATURE_WP_ASYNC]
 
