@@ -331,9 +331,9 @@ class ShadowMmu(ShadowSptes):
 
     def first_shadow_root(self) -> None:
         """``mmu_first_shadow_root_alloc``: from now on slots have rmaps and write-track counts."""
-        self.mmu.page_track.shadow_root_allocated = True
-        if self.uses_rmaps:
+        if self.mmu.page_track.shadow_root_allocated:
             return
+        self.mmu.page_track.shadow_root_allocated = True
         self.uses_rmaps = True
         for slot in self.mmu.memslots.all():
             if slot.rmap is None:
