@@ -21,7 +21,7 @@ from pykvm.errors import (
     RingSizeError,
     UsageError,
 )
-from pykvm.machine.protocols import RingHarvest, Slot, Vcpu
+from pykvm.machine.protocols import RingHarvest, Slot, SlotFlags, Vcpu
 from pykvm.machine.statistics import Statistics
 from pykvm.model import rings
 from pykvm.model.dirtylog import DirtyBitmap
@@ -87,15 +87,28 @@ class ModelMachine(MachineClock, MachineMemory):
                 )
             if any(vcpu.id == vcpu_id for vcpu in self._vcpus):
                 raise KvmError(errno.EEXIST, "KVM_CREATE_VCPU", f"this VM has a vCPU {vcpu_id} already.")
-            ring = rings.DirtyRing(self.ring_entries) if self.ring_entries else None
-            vcpu = ModelVcpu(self, vcpu_id, ring)
+            vcpu = self._make_vcpu(vcpu_id)
             self._vcpus.append(vcpu)
             self.schedule.expect(vcpu_id)
             return vcpu
 
+    def _make_vcpu(self, vcpu_id: int) -> ModelVcpu:
+        return ModelVcpu(self, vcpu_id, rings.DirtyRing(self.ring_entries) if self.ring_entries else None)
+
     def create_irqchip(self) -> None:
         """The model has no interrupt controllers.  Raises CapabilityError."""
         raise CapabilityError("The reference machine has no interrupt controllers; use --backend kvm.")
+
+    # --- slots, for machines that keep more of them ------------------------------------------------------
+
+    def slot_created(self, slot: ModelSlot) -> None:
+        pass
+
+    def slot_changed(self, slot: ModelSlot, gpa: int, flags: SlotFlags) -> None:
+        pass
+
+    def slot_deleted(self, slot: ModelSlot) -> None:
+        pass
 
     # --- what the processors know of memory --------------------------------------------------------------
 
@@ -245,10 +258,7 @@ class ModelMachine(MachineClock, MachineMemory):
         Raises DirtyRingModeError, ClosedError, and UsageError for a vCPU of another machine.
         """
         with self.schedule.visit():
-            if not self.ring_entries:
-                raise DirtyRingModeError(
-                    errno.EINVAL, "KVM_RESET_DIRTY_RINGS", "this VM has no dirty rings; enable them first."
-                )
+            self._require_rings()
             self.require_open()
             chosen = self._vcpus if vcpus is None else self._own_vcpus(vcpus)
             batches: list[rings.Batch] = []
@@ -257,6 +267,12 @@ class ModelMachine(MachineClock, MachineMemory):
                     batches += vcpu.ring.collect(vcpu.id, self._slots)
             self._protect()
             return RingHarvest(batches)
+
+    def _require_rings(self) -> None:
+        if not self.ring_entries:
+            raise DirtyRingModeError(
+                errno.EINVAL, "KVM_RESET_DIRTY_RINGS", "this VM has no dirty rings; enable them first."
+            )
 
     def _own_vcpus(self, vcpus: Iterable[Vcpu]) -> list[ModelVcpu]:
         chosen = []
@@ -271,7 +287,7 @@ class ModelMachine(MachineClock, MachineMemory):
     def statistics(self) -> Statistics:
         """KVM's statistics by their names; what only KVM's own MMU has stays 0."""
         self.require_open()
-        return machine_statistics()
+        return machine_statistics({})
 
     def close(self) -> None:
         """Close the machine and its vCPUs, kicking those that run; its slots let their memory go."""

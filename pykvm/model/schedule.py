@@ -79,6 +79,7 @@ class Schedule:
                 if self._may_run(number):
                     self._executing = number
                     self._busy = True
+                    self._visitor = threading.get_ident()
                     self._guest_is_next = False
                     self._begun = time.perf_counter()
                     return self._slice if len(self._inside) + len(self._away) == 1 else self._left
@@ -98,6 +99,7 @@ class Schedule:
                 return
             self._executing = None
             self._busy = False
+            self._visitor = 0
             self._left -= max(1, executed)
             seconds = time.perf_counter() - self._begun
             if seconds > _SLICE_SECONDS:
@@ -112,6 +114,7 @@ class Schedule:
             if self._executing == number:  # Ctrl-C struck within ``end``
                 self._executing = None
                 self._busy = False
+                self._visitor = 0
             self._inside.discard(number)
             if back_soon:
                 self._away[number] = _Absence(time.monotonic() + _HELD_SECONDS, threading.get_ident())
@@ -147,7 +150,10 @@ class Schedule:
 
     @contextlib.contextmanager
     def visit(self) -> Iterator[None]:
-        """Have the machine to oneself; no vCPU executes meanwhile.  May be nested."""
+        """Have the machine to oneself; no vCPU executes meanwhile.  May be nested.
+
+        A thread amid a slice has it already: what it calls back may act on the machine.
+        """
         me = threading.get_ident()
         if self._visitor == me:
             yield

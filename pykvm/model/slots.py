@@ -66,6 +66,8 @@ class ModelSlot:
         self.memory = memory
         self.memory_offset = offset
         self.bytes = memoryview(b"")
+        self.userspace_addr = 0
+        """The host address of its memory."""
         self.frames = SlotFrames(gpa // PAGE_SIZE, size // PAGE_SIZE)
         """Another object after each move, so that older ring entries can be told from newer ones."""
         self.bitmap: DirtyBitmap | None = None
@@ -147,6 +149,18 @@ class MachineMemory(ABC):
     def memory_changed(self) -> None:
         """Slots changed: every processor forgets what it knows of memory."""
 
+    @abstractmethod
+    def slot_created(self, slot: ModelSlot) -> None:
+        """A slot is about to appear; KvmError if it may not."""
+
+    @abstractmethod
+    def slot_changed(self, slot: ModelSlot, gpa: int, flags: SlotFlags) -> None:
+        """A slot is about to move or to have other flags; KvmError if it may not."""
+
+    @abstractmethod
+    def slot_deleted(self, slot: ModelSlot) -> None:
+        """A slot is about to go."""
+
     # --- frames ------------------------------------------------------------------------------------------
 
     def frame(self, gfn: int) -> Frame | None:
@@ -216,11 +230,13 @@ class MachineMemory(ABC):
                 slot_id = next(n for n in range(1 << 16) if n not in self._slots)
             elif slot_id in self._slots:
                 raise UsageError(f"Slot {slot_id} exists; change it through its own methods.")
-            memory.pin()
+            address = memory.pin()
             try:
                 self._check_new(slot_id, gpa, size, memory_offset, flags)
                 slot = ModelSlot(self, slot_id, gpa, size, flags, memory, memory_offset)
+                slot.userspace_addr = address + memory_offset
                 slot.bytes = memory.view(memory_offset, size).data
+                self.slot_created(slot)
             except PykvmError:
                 memory.unpin()
                 raise
@@ -245,6 +261,9 @@ class MachineMemory(ABC):
                 )
             if gpa != slot.gpa:
                 self._check_overlap(gpa, slot.size, slot)
+            if gpa != slot.gpa or flags != slot.flags:
+                self.slot_changed(slot, gpa, flags)
+            if gpa != slot.gpa:
                 slot.gpa = gpa
                 slot.frames = SlotFrames(gpa // PAGE_SIZE, slot.npages)
                 slot.written.clear()
@@ -259,6 +278,7 @@ class MachineMemory(ABC):
         with self.schedule.visit():
             if not slot.alive:
                 raise ClosedError(f"Slot {slot.id} was deleted already.")
+            self.slot_deleted(slot)
             del self._slots[slot.id]
             slot.retire()
             self._index()

@@ -35,7 +35,9 @@ _VCPU: Final = (
     "nested_run", "directed_yield_attempted", "directed_yield_successful", "preemption_reported",
     "preemption_other", "guest_mode", "notify_window_exits",
 )  # fmt: skip
-_INSTANT: Final = frozenset({"mmu_unsync", "pages_4k", "pages_2m", "pages_1g", "nx_lpage_splits"})
+_INSTANT: Final = frozenset(
+    {"mmu_unsync", "mmu_shadow_pages", "pages_4k", "pages_2m", "pages_1g", "nx_lpage_splits"}
+)
 _PEAK: Final = frozenset({"max_mmu_rmap_size", "max_mmu_page_hash_collisions"})
 _BOOLEAN: Final = frozenset({"blocking", "guest_mode"})
 
@@ -53,12 +55,12 @@ def _statistic(name: str, value: int) -> Statistic:
     return Statistic(name, (value,), kind, unit, 10, 0, 0)
 
 
-def machine_statistics() -> Statistics:
-    """A machine's."""
-    return Statistics("model", {name: _statistic(name, 0) for name in _MACHINE})
+def machine_statistics(counts: Mapping[str, int]) -> Statistics:
+    """A machine's: ``counts`` by name, others of KVM's are 0."""
+    names = dict.fromkeys((*_MACHINE, *counts))
+    return Statistics("model", {name: _statistic(name, counts.get(name, 0)) for name in names})
 
 
-def vcpu_statistics(vcpu: int, counts: Mapping[str, int], instructions: int) -> Statistics:
-    """A vCPU's: ``counts`` by name, and each instruction is one that software carried out."""
-    values = {**counts, "insn_emulation": instructions}
-    return Statistics(f"model/vcpu-{vcpu}", {name: _statistic(name, values.get(name, 0)) for name in _VCPU})
+def vcpu_statistics(vcpu: int, counts: Mapping[str, int]) -> Statistics:
+    """A vCPU's, likewise."""
+    return Statistics(f"model/vcpu-{vcpu}", {name: _statistic(name, counts.get(name, 0)) for name in _VCPU})

@@ -51,9 +51,7 @@ class ModelVcpu(VcpuSnapshot, VcpuDebug):
         self.vm = machine
         self.id = vcpu_id
         self.ring = ring
-        bus = VcpuBus(machine, ring)
-        self.cpu = Processor(bus, (), translate=machine.translate)
-        bus.cpu = self.cpu
+        self.cpu = self._make_processor()
         self.entries = 0
         """How often ``run`` was called."""
         self.swallowed = 0
@@ -68,6 +66,11 @@ class ModelVcpu(VcpuSnapshot, VcpuDebug):
         self._window_wanted = False
         self._counts: Counter[str] = Counter()
         super().__init__()
+
+    def _make_processor(self) -> Processor:
+        bus = VcpuBus(self.vm, self.ring)
+        bus.cpu = cpu = Processor(bus, (), translate=self.vm.translate)
+        return cpu
 
     @property
     def name(self) -> str:
@@ -286,7 +289,7 @@ class ModelVcpu(VcpuSnapshot, VcpuDebug):
 
     def statistics(self) -> Statistics:
         """KVM's statistics by their names; also while it runs.  What only KVM's own MMU has stays 0."""
-        return vcpu_statistics(self.id, self._counts, self.cpu.instructions)
+        return vcpu_statistics(self.id, {**self._counts, "insn_emulation": self.cpu.instructions})
 
     # --- lifetime ----------------------------------------------------------------------------------------
 

@@ -112,6 +112,7 @@ class VcpuRegisters(VcpuPart):
             if cpu.pae_paging:
                 with contextlib.suppress(Fault):
                     cpu.pdptrs = cpu.load_pdptrs()
+                cpu.host_changed_control()
 
     def set_special_registers2(self, registers: SpecialRegisters) -> None:
         """KVM_SET_SREGS2 (api.rst 4.132): with ``pdptrs``, which are then not read from memory.
@@ -138,7 +139,7 @@ class VcpuRegisters(VcpuPart):
         copy.gdt = DescriptorTable(value.gdt.base, value.gdt.limit)
         copy.idt = DescriptorTable(value.idt.base, value.idt.limit)
         cpu.set_special_registers(copy)
-        cpu.flush_tlb()
+        cpu.host_changed_control()
 
     # --- CPUID -------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from pykvm.model.cpu.decode import Decoder
 from pykvm.model.cpu.flags import ZF
 from pykvm.model.cpu.instruction import CS
 from tests.model.chip import CODE, DATA, Chip
@@ -75,7 +76,7 @@ def test_operand_size_of_near_branches_in_64_bit_mode() -> None:
     """Intel ignores 66 (SDM vol. 2, RET: f64); AMD takes 16 bits (APM vol. 3, RET)."""
     for amd, size in ((False, 8), (True, 2)):
         chip = chip_with_stack()
-        chip._decoders[64].amd = amd
+        chip._decoders[64] = Decoder(64, amd=amd)
         chip.put(TOP, (0x1_2345).to_bytes(8, "little"))
         assert chip.do("66c3") is None
         assert (chip.next_rip, chip.regs[RSP]) == (0x12345 if size == 8 else 0x2345, TOP + size)

@@ -56,6 +56,9 @@ class MemoryAccess(State):
     either has no defined behaviour.
     """
 
+    emulating = False
+    """Whether a hypervisor's emulator carries the instruction out, not a processor; never here."""
+
     def __init__(self, bus: Bus, cpuid: Sequence[CpuidEntry]) -> None:
         super().__init__(cpuid)
         self.bus = bus
@@ -106,6 +109,10 @@ class MemoryAccess(State):
         if last & -_PAGE != address & -_PAGE:
             self._translate_write(last & -_PAGE)
         return int.from_bytes(self.load_linear(address, size), "little")
+
+    def require_writable(self, segment: int, offset: int, size: int) -> None:
+        """Fault as a write would, where nothing is written, or not all of it at once."""
+        self.load_for_update(segment, offset, size)
 
     def store(self, segment: int, offset: int, size: int, value: int) -> None:
         """Write ``size`` bytes when the instruction completes."""
@@ -310,6 +317,14 @@ class MemoryAccess(State):
         for cache in list(self._translations.values()):
             if cache.views is not None:
                 cache.views.clear()
+
+    def host_changed_control(self) -> None:
+        """The host replaced control registers, or what CPUID tells."""
+        self.flush_tlb()
+
+    def control_changed(self, *, loads_cr3: bool = False) -> None:
+        """The guest changed CR0, CR4 or EFER, or (``loads_cr3``) it loaded CR3."""
+        self.flush_tlb()
 
     def flush_tlb(self) -> None:
         """Drop all translations."""

@@ -75,7 +75,7 @@ def set_cr0(cpu: Processor, value: int) -> None:
         cpu.pdptrs = cpu.load_pdptrs()
     cpu.cr0, cpu.efer = int(value), int(efer)
     cpu.update_mode()
-    cpu.flush_tlb()
+    cpu.control_changed()
 
 
 def _check_activation(cpu: Processor) -> None:
@@ -125,7 +125,7 @@ def set_cr3(cpu: Processor, value: int) -> None:
         except Fault:
             cpu.cr3 = before
             raise
-    cpu.flush_tlb()
+    cpu.control_changed(loads_cr3=True)
 
 
 # --- CR4 ------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def set_cr4(cpu: Processor, value: int) -> None:
         cpu.pdptrs = cpu.load_pdptrs()
     cpu.cr4 = int(value)
     cpu.update_mode()
-    cpu.flush_tlb()
+    cpu.control_changed()
 
 
 # --- CR2, CR8, and the instruction ----------------------------------------------------------------------

@@ -7,6 +7,8 @@ contradicting prefixes differs from processors'.  What else it gets wrong is cor
 
 from __future__ import annotations
 
+import threading
+from functools import cache
 from typing import Final
 
 import capstone
@@ -59,6 +61,12 @@ def _disassembler(bits: int) -> capstone.Cs:
     return result
 
 
+@cache
+def decoder(bits: int, *, amd: bool) -> Decoder:
+    """The decoder of that kind, which all share: making one takes longer than a small machine lives."""
+    return Decoder(bits, amd=amd)
+
+
 class Decoder:
     """Decodes for one code size (16, 32 or 64), with a cache from bytes to instructions.
 
@@ -71,6 +79,7 @@ class Decoder:
         self.amd = amd
         self._capstone = {each: _disassembler(each) for each in (16, 32, 64)}
         self._cache: dict[bytes, Instruction] = {}
+        self._lock = threading.Lock()  # capstone is not for several threads at once
 
     def decode(self, code: bytes) -> Instruction:
         """The instruction at the start of ``code``; give up to 15 bytes.
@@ -81,7 +90,8 @@ class Decoder:
         if known is None:
             if len(self._cache) > 65536:
                 self._cache.clear()
-            known = self._cache[code] = self._decode(code)
+            with self._lock:
+                known = self._cache[code] = self._decode(code)
         return known
 
     def _decode(self, code: bytes) -> Instruction:

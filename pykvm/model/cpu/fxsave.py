@@ -91,7 +91,7 @@ def fxsave(cpu: Processor, insn: Instruction) -> None:
     address = area(cpu, insn, AREA_BYTES, 16, True)
     (target,) = insn.operands
     assert isinstance(target, Memory)
-    cpu.load_for_update(target.segment, target.offset(cpu), AREA_BYTES)  # all of it must be writable (host)
+    cpu.require_writable(target.segment, target.offset(cpu), AREA_BYTES)  # all of it must be writable (host)
     save_x87(cpu, address, is_wide(insn))
     save_mxcsr(cpu, address)
     if cpu.cr4 & Cr4.OSFXSR:

@@ -92,7 +92,7 @@ def _enter_real(cpu: Processor, event: Event) -> None:
 # --- the gate and the code segment behind it -----------------------------------------------------------
 
 
-def _read_gate(cpu: Processor, event: Event, size: int) -> Gate:
+def read_gate(cpu: Processor, event: Event, size: int) -> Gate:
     """The gate of an event's vector, checked."""
     at = event.vector * size
     if at + size - 1 > cpu.idt.limit:
@@ -108,8 +108,8 @@ def _read_gate(cpu: Processor, event: Event, size: int) -> Gate:
     return gate
 
 
-def _handler_code(cpu: Processor, selector: int, ext: int) -> Segment:
-    """The handler's code segment, checked, with the RPL that it will run at."""
+def handler_code(cpu: Processor, selector: int, ext: int, *, marks: bool = True) -> Segment:
+    """The handler's code segment, checked, with the RPL that it will run at; ``marks`` its accessed bit."""
     if is_null(selector):
         raise Fault.gp(ext)
     code = read_segment(cpu, selector, with_ext(Fault.gp, ext))
@@ -121,10 +121,10 @@ def _handler_code(cpu: Processor, selector: int, ext: int) -> Segment:
     cpl = cpu.cpl if is_conforming(code) else code.dpl
     if cpu.vm86 and cpl != 0:
         raise Fault.gp(error)
-    return replace(mark_accessed(cpu, code), selector=selector & ~3 | cpl)
+    return replace(mark_accessed(cpu, code) if marks else code, selector=selector & ~3 | cpl)
 
 
-def _leave(cpu: Processor, gate: Gate, code: Segment, ext: int) -> None:
+def leave(cpu: Processor, gate: Gate, code: Segment, ext: int) -> None:
     """Load CS:RIP and the handler's RFLAGS."""
     offset = gate.offset if gate.type in _WIDE_GATES else gate.offset & 0xFFFF
     if not cpu.long_mode and offset > code.limit:
@@ -141,11 +141,11 @@ def _leave(cpu: Processor, gate: Gate, code: Segment, ext: int) -> None:
 
 def _enter_protected(cpu: Processor, event: Event) -> None:
     """SDM vol. 2, INT n, PROTECTED-MODE."""
-    gate = _read_gate(cpu, event, 8)
+    gate = read_gate(cpu, event, 8)
     if gate.type == System.TASK:
         tasks.switch_by_interrupt(cpu, gate.selector, event.rip, event.rflags, event.error, event.ext)
         return
-    code = _handler_code(cpu, gate.selector, event.ext)
+    code = handler_code(cpu, gate.selector, event.ext)
     size = 4 if gate.type in _WIDE_GATES else 2
     frame = (event.rflags, cpu.segments[CS].selector, event.rip)
     cpl = code.selector & 3
@@ -154,7 +154,7 @@ def _enter_protected(cpu: Processor, event: Event) -> None:
             push_all(cpu, frame, size, event.error)
     else:
         _push_on_inner_stack(cpu, cpl, frame, size, event)
-    _leave(cpu, gate, code, event.ext)
+    leave(cpu, gate, code, event.ext)
 
 
 def _push_on_inner_stack(cpu: Processor, cpl: int, frame: tuple[int, ...], size: int, event: Event) -> None:
@@ -179,15 +179,20 @@ def _push_on_inner_stack(cpu: Processor, cpl: int, frame: tuple[int, ...], size:
 # --- IA-32e mode ---------------------------------------------------------------------------------------
 
 
-def _enter_long(cpu: Processor, event: Event) -> None:
-    """SDM vol. 3, 6.14: 16-byte gates, IST, an aligned stack, SS:RSP pushed always."""
-    gate = _read_gate(cpu, event, 16)
-    code = _handler_code(cpu, gate.selector, event.ext)
-    cpl = code.selector & 3
-    ist = gate.parameters & 7
-    frame = (
+def long_frame(cpu: Processor, event: Event) -> tuple[int, ...]:
+    """What is pushed, but for the error code."""
+    return (
         cpu.segments[SS].selector, cpu.regs[RSP], event.rflags, cpu.segments[CS].selector, event.rip,
     )  # fmt: skip
+
+
+def _enter_long(cpu: Processor, event: Event) -> None:
+    """SDM vol. 3, 6.14: 16-byte gates, IST, an aligned stack, SS:RSP pushed always."""
+    gate = read_gate(cpu, event, 16)
+    code = handler_code(cpu, gate.selector, event.ext)
+    cpl = code.selector & 3
+    ist = gate.parameters & 7
+    frame = long_frame(cpu, event)
     rsp = cpu.regs[RSP]
     if ist:
         rsp = stacks.interrupt_stack(cpu, ist, event.ext)
@@ -195,7 +200,7 @@ def _enter_long(cpu: Processor, event: Event) -> None:
         rsp = stacks.inner_stack64(cpu, cpl, event.ext)
     if cpl < cpu.cpl:
         cpu.segments[SS] = null_segment(cpl, cpl)
-    _leave(cpu, gate, code, event.ext)
+    leave(cpu, gate, code, event.ext)
     cpu.regs[RSP] = rsp & ~0xF
     with stack_error(event.ext):
         push_all(cpu, frame, 8, event.error)

@@ -99,7 +99,7 @@ def _deliver(cpu: Processor, fault: Fault, rflags: int, *, exception: bool = Tru
     while True:
         cpu.begin()
         try:
-            gates.enter(cpu, gates.Event(fault.vector, fault.error, False, cpu.rip, rflags))
+            cpu.enter_handler(gates.Event(fault.vector, fault.error, False, cpu.rip, rflags))
         except Fault as second:
             cpu.rollback()
             fault = _combine(fault, second) if exception else second

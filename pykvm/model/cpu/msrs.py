@@ -121,7 +121,7 @@ def _write_efer(cpu: Processor, value: int) -> None:
         raise Fault.gp()
     cpu.efer = int(value & ~Efer.LMA | cpu.efer & Efer.LMA)
     cpu.update_mode()
-    cpu.flush_tlb()
+    cpu.control_changed()
 
 
 def _write_apic_base(cpu: Processor, value: int) -> None:

@@ -89,7 +89,7 @@ def ins(cpu: Processor, insn: Instruction) -> None:
     address = cpu.linear(ES, offset, size, True)
     room = address % _PAGE + size if cpu.rflags & DF else _PAGE - address % _PAGE
     batch = max(1, min(count, room // size, _BATCH // size))
-    cpu.load_for_update(ES, offset, size)  # faults come before the question
+    cpu.require_writable(ES, offset, size)  # faults come before the question
     data = cpu.ask(IoIn(port, size, batch), batch * size)
     for at in range(0, batch * size, size):
         cpu.store(ES, get(cpu, RDI, width), size, int.from_bytes(data[at : at + size], "little"))

@@ -9,7 +9,7 @@ from typing import Final
 from pykvm.errors import UnsupportedInstruction
 from pykvm.machine.exits import Exit, InternalError, Shutdown
 from pykvm.model.bus import Bus
-from pykvm.model.cpu import decode, instructions, interrupts
+from pykvm.model.cpu import decode, gates, instructions, interrupts
 from pykvm.model.cpu.access import MemoryAccess
 from pykvm.model.cpu.faults import Fault, NeedInput, TripleFault
 from pykvm.model.cpu.features import Features
@@ -159,6 +159,10 @@ class Processor(MemoryAccess):
             self.pending_debug |= self.debug_hits | (_SINGLE_STEP if self.single_step else 0)
             self.debug_hits = 0
 
+    def enter_handler(self, event: gates.Event) -> None:
+        """Go to the handler of an event between instructions; see gates.enter."""
+        gates.enter(self, event)
+
     def begin(self) -> None:
         """Start something that can be rolled back: the delivery of an event."""
         self._saved = self._snapshot()
@@ -197,7 +201,7 @@ class Processor(MemoryAccess):
         """Have other leaves, and the features that they tell of."""
         self.cpuid = tuple(leaves)
         self.features = Features.of(self.cpuid)
-        self._decoders = {bits: decode.Decoder(bits, amd=self.features.amd) for bits in (16, 32, 64)}
+        self._decoders = {bits: decode.decoder(bits, amd=self.features.amd) for bits in (16, 32, 64)}
         self.flush_tlb()
 
     # --- fetching ----------------------------------------------------------------------------------------

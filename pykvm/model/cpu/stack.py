@@ -113,7 +113,7 @@ def enter(cpu: Processor, insn: Instruction) -> None:
     put(cpu, RBP, size, frame & MASK[size])
     put(cpu, RSP, stack, get(cpu, RSP, stack) - area & cpu.stack_mask)
     # The new top must be writable although nothing is stored there (SDM vol. 2, ENTER, exceptions).
-    cpu.load_for_update(SS, get(cpu, RSP, stack), size)
+    cpu.require_writable(SS, get(cpu, RSP, stack), size)
 
 
 @semantics("leave")

@@ -54,6 +54,9 @@ def repeat(cpu: Processor, insn: Instruction, once: Iteration, *, compares: bool
         once(cpu, insn, size)
         return
     width, wanted = insn.address_size, ZF if insn.rep == REPE else 0
+    if cpu.emulating:
+        _repeat_emulated(cpu, insn, once, wanted if compares else None)
+        return
     for _ in range(ITERATIONS_PER_STEP):
         count = get(cpu, RCX, width)
         if not count:
@@ -69,6 +72,27 @@ def repeat(cpu: Processor, insn: Instruction, once: Iteration, *, compares: bool
         if cpu.exits or cpu.rflags & TF or cpu.debug_hits:
             break
     cpu.next_rip = cpu.rip
+
+
+def _repeat_emulated(cpu: Processor, insn: Instruction, once: Iteration, wanted: int | None) -> None:
+    """As KVM's emulator (docs/reference/kvm-mmu.md 12.6): it leaves the instruction, to decode it once more,
+    whenever the low ten bits of rCX are 0 after an iteration, and retires it when it finds rCX 0 at first.
+
+    ``wanted`` is what ZF must be for a comparison to go on, None for others.
+    """
+    size, width = element_size(insn), insn.address_size
+    count = get(cpu, RCX, width)
+    while count:
+        once(cpu, insn, size)
+        count -= 1
+        put(cpu, RCX, width, count)
+        cpu.repetitions += 1
+        if wanted is not None and cpu.rflags & ZF != wanted:
+            return
+        cpu.checkpoint()
+        if not count % ITERATIONS_PER_STEP or cpu.exits:
+            cpu.next_rip = cpu.rip
+            return
 
 
 def _string(name: str, *, compares: bool = False) -> Callable[[Iteration], Execute]:

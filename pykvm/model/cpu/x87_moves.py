@@ -180,7 +180,7 @@ def _store(cpu: Processor, target: Memory, result: Result, empty_value: int, pop
     if prevented:
         # The result was not rounded to the memory format.
         result = Result(0, result.flags & ~stack.PRECISION)
-        cpu.load_for_update(target.segment, target.offset(cpu), target.size)
+        cpu.require_writable(target.segment, target.offset(cpu), target.size)
     else:
         target.write(cpu, result.bits)
     x87.status &= ~stack.C1

@@ -31,13 +31,29 @@ class Coverage(Enum):
 _CONDITIONS: Final = (
     "a", "ae", "b", "be", "e", "g", "ge", "l", "le", "ne", "no", "np", "ns", "o", "p", "s",
 )  # fmt: skip
+_NAMES: Final = (
+    "add", "or", "adc", "sbb", "and", "sub", "xor", "cmp", "test", "inc", "dec", "not", "neg", "mul",
+    "imul", "div", "idiv", "das", "aam", "aad", "shl", "shr", "sar", "sal", "rol", "ror", "rcl", "rcr",
+    "shld", "shrd", "mov", "movzx", "movsx", "movsxd", "bswap", "xchg", "lea", "xlat", "salc", "mov_sreg",
+    "mov_cr", "mov_dr", "movnti", "movbe", "push", "pop", "pusha", "popa", "pushf", "popf", "push_sreg",
+    "pop_sreg", "enter", "leave", "call", "ret", "lcall", "ljmp", "retf", "retfq", "jmp", "loop", "loope",
+    "loopne", "jrcxz", "clc", "stc", "cmc", "cld", "std", "cli", "sti", "sahf", "lahf", "cbw", "cwd", "cdq",
+    "cwde", "cdqe", "cqo", "nop", "pause", "hlt", "movs", "cmps", "stos", "lods", "scas", "ins", "outs",
+    "in", "out", "bt", "bts", "btr", "btc", "bsf", "bsr", "tzcnt", "lzcnt", "xadd", "cmpxchg", "cmpxchg8b",
+    "lds", "les", "lfs", "lgs", "lss", "sgdt", "sidt", "lgdt", "lidt", "sldt", "str", "lldt", "ltr", "smsw",
+    "lmsw", "clts", "invlpg", "invd", "wbinvd", "wbnoinvd", "rdmsr", "wrmsr", "rdtsc", "rdpmc", "cpuid",
+    "rdpid", "xsetbv", "syscall", "sysenter", "sysexit", "sysexitq", "vmcall", "vmmcall", "fninit",
+    "fnstcw", "fnstsw", "movdqa", "movdqu", "movups", "movupd", "movaps", "movapd", "movntps", "movntpd",
+    "movntdq", "prefetch", "prefetchw", "prefetchnta", "prefetcht0", "prefetcht1", "prefetcht2", "clflush",
+    "clflushopt",
+)  # fmt: skip
 _EMULATED: Final = frozenset(
-    ["add", "or", "adc", "sbb", "and", "sub", "xor", "cmp", "test", "inc", "dec", "not", "neg", "mul", "imul", "div", "idiv", "das", "aam", "aad", "shl", "shr", "sar", "sal", "rol", "ror", "rcl", "rcr", "shld", "shrd", "mov", "movzx", "movsx", "movsxd", "bswap", "xchg", "lea", "xlat", "salc", "mov_sreg", "mov_cr", "mov_dr", "movnti", "movbe", "push", "pop", "pusha", "popa", "pushf", "popf", "push_sreg", "pop_sreg", "enter", "leave", "call", "ret", "lcall", "ljmp", "retf", "retfq", "jmp", "loop", "loope", "loopne", "jrcxz", "clc", "stc", "cmc", "cld", "std", "cli", "sti", "sahf", "lahf", "cbw", "cwd", "cdq", "cwde", "cdqe", "cqo", "nop", "pause", "hlt", "movs", "cmps", "stos", "lods", "scas", "ins", "outs", "in", "out", "bt", "bts", "btr", "btc", "bsf", "bsr", "tzcnt", "lzcnt", "xadd", "cmpxchg", "cmpxchg8b", "lds", "les", "lfs", "lgs", "lss", "sgdt", "sidt", "lgdt", "lidt", "sldt", "str", "lldt", "ltr", "smsw", "lmsw", "clts", "invlpg", "invd", "wbinvd", "wbnoinvd", "rdmsr", "wrmsr", "rdtsc", "rdpmc", "cpuid", "rdpid", "xsetbv", "syscall", "sysenter", "sysexit", "sysexitq", "vmcall", "vmmcall", "fninit", "fnstcw", "fnstsw", "movdqa", "movdqu", "movups", "movupd", "movaps", "movapd", "movntps", "movntpd", "movntdq", "prefetch", "prefetchw", "prefetchnta", "prefetcht0", "prefetcht1", "prefetcht2", "clflush", "clflushopt"]
-    + [kind + condition for kind in ("j", "cmov", "set") for condition in _CONDITIONS]
+    [*_NAMES, *(kind + condition for kind in ("j", "cmov", "set") for condition in _CONDITIONS)]
 )
-_HOST: Final = frozenset(
-    ["fxsave", "fxsave64", "fxrstor", "fxrstor64", "lfence", "mfence", "sfence", "rdrand", "rdseed", "ud2", "swapgs", "rdfsbase", "rdgsbase", "wrfsbase", "wrgsbase", "endbr32", "endbr64", "cldemote", "iret"]
-)
+_HOST: Final = frozenset((
+    "fxsave", "fxsave64", "fxrstor", "fxrstor64", "lfence", "mfence", "sfence", "rdrand", "rdseed", "ud2",
+    "swapgs", "rdfsbase", "rdgsbase", "wrfsbase", "wrgsbase", "endbr32", "endbr64", "cldemote", "iret",
+))  # fmt: skip
 """What a host that emulates CPL 0 does by itself, measured on kvm_pvm."""
 _REAL_MODE_ONLY: Final = frozenset({"int", "int3", "into", "iret"})
 _BY_FEATURE: Final = {"movbe": "movbe", "rdpid": "rdpid"}
@@ -70,7 +86,7 @@ def is_page_table_opcode(insn: Instruction) -> bool:
 
 
 def coverage(insn: Instruction, profile: Profile, *, protected: bool, bits64: bool) -> Coverage:
-    """What the emulator of a host does with an instruction, in protected mode or not, in 64-bit code or not."""
+    """What the emulator of a host does with an instruction, in the mode that it is in."""
     name = insn.name
     if name in _EMULATED:
         if name == "enter" and insn.operands[1].size and _nesting(insn):

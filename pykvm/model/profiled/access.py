@@ -1,0 +1,178 @@
+"""How guest accesses reach memory on a host: through its MMU, natively or in KVM's emulator.
+
+Natively a store is translated when it is made and carried out when the instruction completes, like those of
+the plain processor; the frame was marked by the fault that made it writable.  The emulator stores at once,
+page by page, so that what it did before a fault stays (kvm-mmu.md 12.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from pykvm.machine.exits import MmioRead, MmioWrite
+from pykvm.model.cpu.faults import Fault
+from pykvm.model.cpu.processor import Processor
+from pykvm.model.mmu.outcomes import GuestPageFault
+from pykvm.model.paging import Access
+from pykvm.x86.exceptions import Vector
+
+if TYPE_CHECKING:
+    from pykvm.model.bus import Bus
+    from pykvm.model.mmu.vcpu import VcpuMmu
+    from pykvm.x86.cpuid import CpuidEntry
+
+_PAGE: Final = 0x1000
+_OFFSET: Final = 0xFFF
+_MMIO_BYTES: Final = 8
+_LOCKED_BYTES: Final = frozenset({1, 2, 4, 8})
+_READ, _WRITE, _FETCH = int(Access.READ), int(Access.WRITE), int(Access.FETCH)
+_USER, _IMPLICIT = int(Access.USER), int(Access.IMPLICIT)
+
+
+class Refault(Exception):
+    """KVM took a fault and fixed it: the guest starts the instruction again."""
+
+
+class HostAccess(Processor):
+    """The memory side of a processor on a host."""
+
+    def __init__(self, bus: Bus, cpuid: Sequence[CpuidEntry], mmu: VcpuMmu) -> None:
+        self.mmu = mmu
+        self.untracked = False
+        """The emulator's stores go by write_std."""
+        self.gathering = False
+        """The emulator's stores are put together and made as one."""
+        self.locking = False
+        """The emulator's stores are locked ones."""
+        super().__init__(bus, cpuid, translate=False)
+
+    # --- translation ---------------------------------------------------------------------------------
+
+    def _kind(self, access: int, system: bool) -> int:
+        if system:
+            return access | _IMPLICIT
+        return access | _USER if self.cpl == 3 else access
+
+    def reach(self, address: int, access: int, system: bool = False) -> int:
+        """The guest-physical address behind a linear one.  Raises Fault, Refault, EmulateInstruction."""
+        mmu = self.mmu
+        kind = self._kind(access, system)
+        try:
+            if self.emulating:
+                return mmu.emulator_translate(address, kind)
+            taken = mmu.counters.pf_taken
+            gpa = mmu.translate(address, kind)
+        except GuestPageFault as fault:
+            raise Fault(Vector.PF, fault.error, address=fault.address) from None
+        if mmu.counters.pf_taken != taken:
+            raise Refault
+        return gpa
+
+    # --- reading -------------------------------------------------------------------------------------
+
+    def load_for_update(self, segment: int, offset: int, size: int) -> int:
+        address = self.linear(segment, offset, size, True)
+        if not self.emulating:
+            self.reach(address, _WRITE)
+            last = self._wrap(address + size - 1)
+            if last & -_PAGE != address & -_PAGE:
+                self.reach(last & -_PAGE, _WRITE)
+        return int.from_bytes(self.load_linear(address, size), "little")
+
+    def require_writable(self, segment: int, offset: int, size: int) -> None:
+        if not self.emulating:  # KVM's emulator does not look before it stores
+            super().require_writable(segment, offset, size)
+
+    def load_linear(self, address: int, size: int, *, system: bool = False) -> bytes:
+        if self.dr7 & 0xFF:
+            self._hit_breakpoints(address, size, write=False)
+        if (address & _OFFSET) + size <= _PAGE:
+            return self._read(self.reach(address, _READ, system), size)
+        pieces = []
+        while size:
+            part = min(size, _PAGE - (address & _OFFSET))
+            gpa = self.reach(address, _READ, system)
+            pieces.append(self._read(gpa, part) if self.emulating else (gpa, part))
+            address = self._wrap(address + part)
+            size -= part
+        return b"".join(each if isinstance(each, bytes) else self._read(*each) for each in pieces)
+
+    def fetch_bytes(self, linear: int, size: int) -> bytes:
+        gpa = self.reach(linear, _FETCH)
+        page = self.bus.ram(gpa >> 12)
+        if page is None:
+            raise self.no_code()
+        return bytes(page[gpa & _OFFSET : (gpa & _OFFSET) + size])
+
+    def no_code(self) -> Exception:
+        """What to raise for code in a hole."""
+        raise NotImplementedError
+
+    # --- writing -------------------------------------------------------------------------------------
+
+    def store_linear(self, address: int, data: bytes, *, system: bool = False) -> None:
+        if self.dr7 & 0xFF:
+            self._hit_breakpoints(address, len(data), write=True)
+        whole = len(data)
+        while data:
+            part = data[: _PAGE - (address & _OFFSET)]
+            gpa = self.reach(address, _WRITE, system)
+            if self.emulating and not self.gathering:
+                self._write_now(gpa, part, locked=self.locking and len(part) == whole, system=system)
+            else:
+                self._queue.append((gpa, part))
+            data = data[len(part) :]
+            address = self._wrap(address + len(part))
+
+    def _write_now(self, gpa: int, data: bytes, *, locked: bool = False, system: bool = False) -> None:
+        locked = locked and len(data) in _LOCKED_BYTES
+        tracked = not (system or self.untracked)
+        if not self.mmu.emulator_write(gpa, data, locked=locked, tracked=tracked):
+            self.exits += [
+                MmioWrite(gpa + at, data[at : at + _MMIO_BYTES]) for at in range(0, len(data), _MMIO_BYTES)
+            ]
+
+    def commit(self) -> None:
+        if self.emulating:
+            for gpa, data in _merged(self._queue):
+                self._write_now(gpa, data)
+        else:
+            ram = self.bus.ram
+            for gpa, data in self._queue:
+                page = ram(gpa >> 12)
+                assert page is not None, "native stores go to memory"
+                page[gpa & _OFFSET : (gpa & _OFFSET) + len(data)] = data
+        self._queue.clear()
+        if self._asked:
+            del self.replies[: self._asked]
+            self._asked = 0
+
+    def _ask(self, exit: MmioRead) -> bytes:
+        return self.ask(exit, exit.size)
+
+    # --- caches that this processor does not have --------------------------------------------------------
+
+    def flush_writable(self) -> None:
+        """The MMU knows."""
+
+    def flush_tlb(self) -> None:
+        """Rights that are looked up live have changed."""
+        self.live_control()
+
+    def live_control(self) -> None:
+        """RFLAGS.AC and the protection keys count from now on as they are."""
+
+
+def _merged(stores: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+    """The same stores as few: those within one frame become one that spans them.  They leave no gaps."""
+    frames: dict[int, bytearray] = {}
+    first: dict[int, int] = {}
+    for gpa, data in sorted(stores):
+        frame = gpa >> 12
+        if frame not in frames:
+            frames[frame], first[frame] = bytearray(), gpa
+        at = gpa - first[frame]
+        image = frames[frame]
+        image[at : at + len(data)] = data
+    return [(first[frame], bytes(image)) for frame, image in frames.items()]

@@ -1,0 +1,76 @@
+"""How kvm_pvm differs from hosts with hardware virtualization in what comes between instructions.
+
+Measured on such a host (docs/reference/hosts.md B.10, C.2): user code runs with the host's descriptor tables
+and without I/O privileges, what it may not do goes to KVM's emulator, and events are delivered by software.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from pykvm.model.cpu import gates, stacks
+from pykvm.model.cpu.descriptors import null_segment
+from pykvm.model.cpu.faults import Fault
+from pykvm.model.cpu.instruction import RSP, SS, SegmentRegister
+from pykvm.model.cpu.stacks import push_all, stack_error
+from pykvm.x86.exceptions import Vector
+
+if TYPE_CHECKING:
+    from pykvm.model.cpu.instruction import Instruction
+    from pykvm.model.profiled.processor import HostProcessor
+
+_TRAPPED: Final = frozenset(
+    {"in", "out", "ins", "outs", "sgdt", "sidt", "sldt", "str", "smsw", "hlt", "cli", "sti"}
+)
+_HOST_DATA: Final = frozenset({0, 4, 5, 6, 15})
+"""Entries of the host's GDT that user code may load: null, its code and data, and the CPU number's."""
+_NOT_EMULATED: Final = b"\x0f\x0b"
+"""UD2 goes to the guest at once; after any other #UD the emulator tries."""
+_DIRECT: Final = frozenset({"swapgs"})
+
+
+def is_trapped(cpu: HostProcessor, insn: Instruction) -> bool:
+    """Whether native user code cannot do this itself, so that KVM's emulator does it."""
+    name = insn.name
+    if name in _TRAPPED:
+        return True
+    if name in {"mov_sreg", "pop_sreg"} and isinstance(insn.operands[0], SegmentRegister):
+        if name == "pop_sreg":
+            return False
+        selector = insn.operands[1]
+        if selector.is_memory:
+            return False
+        value = selector.read(cpu) & 0xFFFF
+        return bool(value & 4) or value >> 3 not in _HOST_DATA
+    return False
+
+
+def emulates_fault(cpu: HostProcessor, fault: Fault) -> bool:
+    """Whether KVM's emulator tries the instruction that ended in this fault."""
+    if fault.vector == Vector.UD:
+        return not cpu.at(_NOT_EMULATED)
+    return fault.vector == Vector.GP and cpu.decoded_name not in _DIRECT
+
+
+def enter_handler(cpu: HostProcessor, event: gates.Event) -> None:
+    """Deliver an event by software: gate, stack, frame, and the code segment last, whose accessed bit stays
+    as it is."""
+    if not cpu.long_mode:
+        gates.enter(cpu, event)
+        return
+    gate = gates.read_gate(cpu, event, 16)
+    ist = gate.parameters & 7
+    frame = gates.long_frame(cpu, event)
+    rsp = cpu.regs[RSP]
+    inner = cpu.cpl != 0
+    if ist:
+        rsp = stacks.interrupt_stack(cpu, ist, event.ext)
+    elif inner:
+        rsp = stacks.inner_stack64(cpu, 0, event.ext)
+    if inner:
+        cpu.set_segment(SS, null_segment(0, 0))
+    cpu.regs[RSP] = rsp & ~0xF
+    with stack_error(event.ext):
+        push_all(cpu, frame, 8, event.error)
+    code = gates.handler_code(cpu, gate.selector, event.ext, marks=False)
+    gates.leave(cpu, gate, code, event.ext)

@@ -1,0 +1,370 @@
+"""A processor as a host runs it: natively, instruction by instruction in KVM's emulator, or from one to the
+other when a native access ends in the emulator's hands (kvm-mmu.md 12, hosts.md C.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from pykvm.errors import UnsupportedInstruction
+from pykvm.machine.exits import DirtyRingFull, Exit, InternalError, MmioRead, MmioWrite, Shutdown
+from pykvm.model.cpu import gates, interrupts
+from pykvm.model.cpu.faults import Fault, NeedInput, TripleFault
+from pykvm.model.cpu.instruction import Instruction, Memory
+from pykvm.model.mmu import outcomes
+from pykvm.model.mmu.emulated_opcodes import (
+    EXCHANGES,
+    GATHERED,
+    STANDARD_WRITES,
+    Coverage,
+    coverage,
+    is_page_table_opcode,
+    lacked_feature,
+)
+from pykvm.model.mmu.vcpu import ControlChange
+from pykvm.model.profiled import kvm_pvm
+from pykvm.model.profiled.access import HostAccess, Refault
+from pykvm.x86.bits import Rflags
+from pykvm.x86.exceptions import Vector
+
+if TYPE_CHECKING:
+    from pykvm.model.bus import Bus
+    from pykvm.model.mmu.outcomes import EmulateInstruction
+    from pykvm.model.mmu.vcpu import VcpuMmu
+    from pykvm.x86.cpuid import CpuidEntry
+
+_EMULATION: Final = 1  # KVM_INTERNAL_ERROR_EMULATION
+_STRING_IO: Final = frozenset({"ins", "outs"})
+_NATIVE_EXITS: Final = frozenset(
+    {"in", "out", "hlt", "cpuid", "rdmsr", "wrmsr", "mov_cr", "invlpg", "invpcid", "vmcall", "vmmcall"}
+)
+"""Instructions that leave a native guest for KVM."""
+_MOST_REFAULTS: Final = 1 << 14
+"""An instruction that faults so often never completes: its host would hang, too."""
+_AC: Final = int(Rflags.AC)
+
+
+class HostProcessor(HostAccess):
+    """The processor of a vCPU on a host; ``mmu`` is the vCPU's."""
+
+    def __init__(self, bus: Bus, cpuid: Sequence[CpuidEntry], mmu: VcpuMmu) -> None:
+        self._profile = mmu.mmu.profile
+        self.left = True
+        """KVM has control: it must look at requests before guest code runs again."""
+        self.batch = 0
+        """Instructions until a host that emulates in batches looks at requests again."""
+        self.emulated: Instruction | None = None
+        """The instruction that waits for the host's answer amid its emulation, or amid its repetition."""
+        self.mmio_exits = 0
+        self.decoded_name = ""
+        self._fetched_bytes = b""
+        self._began = False
+        self._was_native = False
+        self._stuck = 0
+        super().__init__(bus, cpuid, mmu)
+
+    # --- running -------------------------------------------------------------------------------------
+
+    def run(self, limit: int) -> Exit | None:
+        """As Processor.run; DirtyRingFull where KVM finds the ring full before it enters the guest."""
+        while not self.exits:
+            if self.shut_down:
+                return Shutdown() if limit > 0 else None
+            if limit <= 0:
+                return None
+            limit -= 1
+            try:
+                if not (self.replies or self.emulated) and not self._enter():
+                    return DirtyRingFull()
+                self.step()
+            except NeedInput as question:
+                self.left = True
+                return question.exit
+            if self.repetitions:
+                limit -= self.repetitions
+                self.repetitions = 0
+        self.left = True
+        return self.exits.pop(0)
+
+    def _enter(self) -> bool:
+        """Before guest code runs: whether it may."""
+        native = self.runs_natively
+        if self.left:
+            self.mmu.flush_pml()
+        elif self.batch > 0 and native == self._was_native and not self.mmu.requested:
+            return True
+        self._was_native = native
+        try:
+            if not self.mmu.enter():
+                return False
+        except outcomes.TripleFault:
+            self.shut_down = True
+            self.exits.append(Shutdown())
+        self.left = False
+        self.batch = self._profile.emulation_batch
+        return True
+
+    @property
+    def runs_natively(self) -> bool:
+        """Whether the host's processor executes the code as it is now."""
+        return not self._profile.emulates_all_but_user or (self.cpl == 3 and self.bits64)
+
+    @property
+    def emulates_ports(self) -> bool:
+        """Whether IN and OUT are the emulator's; then they do not count as I/O exits."""
+        return self._profile.emulates_all_but_user
+
+    def step(self) -> None:
+        if self.shut_down:
+            return
+        try:
+            if self.emulated is not None or not self.runs_natively:
+                self._emulated_step()
+            else:
+                self._native_step()
+        except TripleFault:
+            self.discard()
+            self.shut_down = True
+            self.exits.append(Shutdown())
+
+    # --- natively ------------------------------------------------------------------------------------
+
+    def _native_step(self) -> None:
+        self.mmu.rip = self.rip
+        self.emulating = self._began = False
+        try:
+            if not self.replies and self._event_waits() and interrupts.take_event(self):
+                self.left = True
+                return
+            insn = self.fetch()
+            self.decoded_name = insn.name
+            if insn.name in _STRING_IO or self._trapped(insn):
+                self._emulate(None)
+                return
+            self.execute(insn)
+            self._stuck = 0
+            if insn.name in _NATIVE_EXITS:
+                self.left = True
+        except (Refault, outcomes.LeaveGuest):
+            self.rollback_native()
+            self.left = True
+            self._stuck += 1
+            if self._stuck > _MOST_REFAULTS:
+                raise UnsupportedInstruction(self.rip, b"", "faults for ever") from None
+        except outcomes.EmulateInstruction as cause:
+            self.rollback_native()
+            self._emulate(cause)
+        except Fault as fault:
+            self.rollback_native()
+            if self._profile.emulates_all_but_user and kvm_pvm.emulates_fault(self, fault):
+                self._emulate(None)
+            else:
+                self._deliver(fault)
+
+    def _trapped(self, insn: Instruction) -> bool:
+        """Whether a host that runs user code in a ring of its own gets to see the instruction."""
+        return self._profile.emulates_all_but_user and kvm_pvm.is_trapped(self, insn)
+
+    def rollback_native(self) -> None:
+        """Undo what the instruction did; nothing of it reached memory."""
+        if self._began:
+            self.rollback()
+        else:
+            self.discard()
+
+    def at(self, code: bytes) -> bool:
+        """Whether RIP points to these bytes, as the fetch found them."""
+        return self._fetched_bytes[: len(code)] == code
+
+    def _deliver(self, fault: Fault) -> None:
+        """Enter the handler of a fault of the instruction at RIP."""
+        self.left = True
+        self.replies.clear()
+        interrupts.deliver_fault(self, fault)
+
+    # --- fetching ------------------------------------------------------------------------------------
+
+    def fetch(self) -> Instruction:
+        return self._fetch_and_decode()
+
+    def fetch_bytes(self, linear: int, size: int) -> bytes:
+        self._fetched_bytes = super().fetch_bytes(linear, size)
+        return self._fetched_bytes
+
+    def _remember(self, rip: int, linear: int, insn: Instruction) -> None:
+        """Every fetch is seen by the MMU."""
+
+    # --- in the emulator -----------------------------------------------------------------------------
+
+    def _emulated_step(self) -> None:
+        if self.emulated is None:
+            if self._event_waits() and interrupts.take_event(self):
+                return
+            self.batch -= 1
+        self._emulate(None)
+
+    def _emulate(self, cause: EmulateInstruction | None) -> None:
+        """``x86_emulate_instruction`` (12.3) for the instruction at RIP."""
+        self.left = self.left or self.runs_natively
+        self.emulating = True
+        self.mmu.rip = self.rip
+        try:
+            insn = self.emulated
+            if insn is None:
+                insn = self._decode(cause)
+                if insn is None:
+                    return
+            self.emulated = None
+            self._carry_out(insn)
+        except Fault as fault:
+            self.undo_emulated()
+            self.emulating = False
+            self._deliver(fault)
+        finally:
+            self.emulating = False
+
+    def _decode(self, cause: EmulateInstruction | None) -> Instruction | None:
+        """Fetch and decode; None where that is all, since KVM resumes the guest or gives up."""
+        self._saved = self._snapshot()
+        insn: Instruction | None = None
+        try:
+            insn = self.fetch()
+        except UnsupportedInstruction:
+            pass
+        except Fault as fault:
+            if fault.vector != Vector.UD:
+                raise
+        finally:
+            self.mmu.decoded()
+        found = Coverage.UNDECODED if insn is None else self._coverage(insn)
+        if insn is None or found is Coverage.UNDECODED:
+            self._fail(cause)
+            return None
+        if cause is not None and self.mmu.retry(
+            cause, self.rip, page_table_opcode=is_page_table_opcode(insn)
+        ):
+            return None
+        if found is Coverage.UNHANDLED:
+            self._read_operand(insn)
+            self._fail(cause)
+            return None
+        if found is Coverage.UNDEFINED:
+            raise Fault.ud()
+        if found is Coverage.HOST:
+            self.mmu.counters.insn_emulation_fail += 1
+        return insn
+
+    def _coverage(self, insn: Instruction) -> Coverage:
+        feature = lacked_feature(insn)
+        if feature is not None and not getattr(self.features, feature):
+            return Coverage.UNDEFINED
+        return coverage(insn, self._profile, protected=not self.real_or_vm86, bits64=self.bits64)
+
+    def _read_operand(self, insn: Instruction) -> None:
+        for operand in insn.operands:
+            if isinstance(operand, Memory):
+                self.next_rip = self.rip + insn.length & self.ip_mask
+                operand.read(self)
+
+    def _fail(self, cause: EmulateInstruction | None) -> None:
+        """The emulator lacks the instruction (``handle_emulation_failure``)."""
+        self.discard()
+        if self.mmu.emulation_failed(cause, self.rip):
+            return
+        native = cause is not None and self._profile.exit_per_emulated_user_failure
+        if self.cpl == 0 or native:
+            raise NeedInput(InternalError(_EMULATION, (), self._code()))
+        self.emulating = False
+        self._deliver(Fault.ud())
+
+    def _code(self) -> bytes:
+        """The bytes that KVM fetched."""
+        try:
+            linear = self._linear_rip(self.rip)
+            return self.fetch_bytes(linear, min(15, 0x1000 - (linear & 0xFFF)))
+        except (Fault, NeedInput):
+            return b""
+
+    def _carry_out(self, insn: Instruction) -> None:
+        name = insn.name
+        self.untracked = name in STANDARD_WRITES
+        self.gathering = name in GATHERED
+        self.locking = insn.lock or name in EXCHANGES
+        before = len(self.exits)
+        try:
+            self.execute(insn)
+        except NeedInput as question:
+            self.emulated = insn
+            self.mmio_exits += isinstance(question.exit, MmioRead)
+            raise
+        finally:
+            self.untracked = self.gathering = self.locking = False
+        if any(isinstance(each, MmioWrite) for each in self.exits[before:]):
+            self.mmio_exits += 1
+
+    def execute(self, insn: Instruction) -> None:
+        self._began = True
+        super().execute(insn)
+
+    def undo_emulated(self) -> None:
+        """Registers go back; what was stored stays."""
+        self.rollback()
+
+    def no_code(self) -> Exception:
+        return NeedInput(InternalError(_EMULATION, ()))
+
+    # --- events --------------------------------------------------------------------------------------
+
+    def enter_handler(self, event: gates.Event) -> None:
+        if self._profile.emulates_all_but_user:
+            self.emulating, before = True, self.emulating
+            self.untracked = True
+            try:
+                kvm_pvm.enter_handler(self, event)
+                self.commit()
+            finally:
+                self.emulating, self.untracked = before, False
+            return
+        for _ in range(_MOST_REFAULTS):
+            try:
+                super().enter_handler(event)
+            except Refault:
+                self.rollback()
+                self.begin()
+                self.mmu.enter()
+            else:
+                return
+
+    # --- control registers ---------------------------------------------------------------------------
+
+    def control_changed(self, *, loads_cr3: bool = False) -> None:
+        change = ControlChange.MOV_CR3 if loads_cr3 else ControlChange.OTHER
+        self.mmu.set_control(self.paging_control(), change)
+
+    def host_changed_control(self) -> None:
+        self.mmu.set_control(self.paging_control(), ControlChange.HOST)
+
+    def set_cpuid(self, leaves: Sequence[CpuidEntry]) -> None:
+        super().set_cpuid(leaves)
+        self.mmu.control = self.paging_control()  # no register has changed
+
+    def live_control(self) -> None:
+        mmu = self.mmu
+        ac = bool(self.rflags & _AC)
+        mmu.control = mmu.control._replace(ac=ac, pkru=self.pkru, pkrs=self.pkrs)
+        mmu.flush_tlb()
+
+    @property
+    def iopl(self) -> int:
+        if self._profile.reads_io_bitmap and self.cpl == 3:
+            return 0
+        return super().iopl
+
+    def update_mode(self) -> None:
+        super().update_mode()
+        if bool(self.rflags & _AC) != self.mmu.control.ac:
+            self.live_control()
+
+    def flush_page(self, address: int) -> None:
+        self.mmu.invlpg(address)
