@@ -66,7 +66,7 @@ READS = {
 }
 NEITHER = {
     "rep stosq of nothing": "31c9f348ab",  # xor ecx, ecx; rep stosq
-    "vmaskmovps with a zero mask": "c5f1efc9c4e2712e07",  # vpxor xmm1, xmm1, xmm1; vmaskmovps [rdi], xmm1, xmm0
+    "vmaskmovps with a zero mask": "c5f1efc9c4e2712e07",  # vpxor xmm1, xmm1, xmm1, then with it
     "prefetcht0": "0f180f",  # prefetcht0 [rdi]
     "prefetchw": "0f0d0f",  # prefetchw [rdi]
     "lea": "488d07",  # lea rax, [rdi]
