@@ -25,6 +25,7 @@ ITEMS = {
     "exits": "exit round trip in C, and what a handler in Python adds",
     "rings": "dirty ring: harvest and reset per entry",
     "dirtylog": "KVM_GET_DIRTY_LOG and conversion to gfns",
+    "tracking": "trackers beside KVM's dirty bitmap",
     "lifecycle": "create, run and destroy a VM",
     "migration": "live migration against C copying the same memory",
     "sparse": "a 1 TiB guest with 1000 dirty pages",

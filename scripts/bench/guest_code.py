@@ -6,7 +6,7 @@ import struct
 
 from pykvm.guest.boot import Arena, BootMode, SystemTables, boot_state
 from pykvm.guest.pagetables import PageTables, PagingMode
-from pykvm.kvm import KvmVcpu
+from pykvm.machine import Vcpu
 from pykvm.memory import PAGE_SIZE, GuestMemory
 
 CODE = 0x1000
@@ -30,7 +30,7 @@ STORE_EACH_PAGE = bytes.fromhex("4889f7 4889d1 48890f 4881c700100000 48ffc9 75f1
 )
 
 
-def start_page_stores(vcpu: KvmVcpu, memory: GuestMemory, targets: list[tuple[int, int]]) -> int:
+def start_page_stores(vcpu: Vcpu, memory: GuestMemory, targets: list[tuple[int, int]]) -> int:
     """Long mode at CPL 3 (native on every host): each STOP_PORT exit ends one pass that stores to every page.
 
     ``targets`` are ranges (gpa, pages), mapped one behind the other at WINDOW.  The tables have A and D set,
