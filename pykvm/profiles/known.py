@@ -23,6 +23,7 @@ _KINDS: Final[Mapping[str, Mapping[str, Any]]] = {
         "lazy_cr3_sync": True,
         "zaps_unsync_children": False,
         "pages_1g": False,
+        "dummy_root": False,
         "external_write_tracking": False,
     },
     "amd-shadow": {},

@@ -169,6 +169,26 @@ class VcpuMmu:
         load the root.  False: the dirty ring is full, KVM_RUN returns KVM_EXIT_DIRTY_RING_FULL instead.
         Raises TripleFault.
         """
+        while self._serve():
+            # Loading the root may itself ask for a flush: KVM looks at requests once more before it enters.
+            if not self.requested:
+                return True
+        return False
+
+    @property
+    def requested(self) -> bool:
+        """Whether a request waits for the next entry (``kvm_request_pending``)."""
+        return (
+            self._flush or self._flush_current or self._flush_guest or self._sync or self._free_obsolete
+        )
+
+    @property
+    def rooted(self) -> bool:
+        """Whether a root is loaded; without one even a host that emulates in batches enters anew."""
+        return self.tdp is not None or self.roots.current is not None
+
+    def _serve(self) -> bool:
+        """One pass of ``vcpu_enter_guest`` over the requests; False where the dirty ring is full."""
         if self.ring is not None and self._full():
             return False
         counters = self.counters

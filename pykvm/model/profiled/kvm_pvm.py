@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from pykvm.model.cpu import gates, stacks
 from pykvm.model.cpu.descriptors import null_segment
-from pykvm.model.cpu.faults import Fault
+from pykvm.model.cpu.faults import Fault, TripleFault
 from pykvm.model.cpu.instruction import RSP, SS, SegmentRegister
 from pykvm.model.cpu.stacks import push_all, stack_error
 from pykvm.x86.exceptions import Vector
@@ -53,8 +53,19 @@ def emulates_fault(cpu: HostProcessor, fault: Fault) -> bool:
 
 
 def enter_handler(cpu: HostProcessor, event: gates.Event) -> None:
-    """Deliver an event by software: gate, stack, frame, and the code segment last, whose accessed bit stays
-    as it is."""
+    """Deliver an event by software.  Raises TripleFault for any fault on the way: no second one is delivered,
+    nor counted, and CR2 stays."""
+    counters = cpu.mmu.counters
+    injected = counters.pf_guest
+    try:
+        _deliver(cpu, event)
+    except Fault:
+        counters.pf_guest = injected
+        raise TripleFault from None
+
+
+def _deliver(cpu: HostProcessor, event: gates.Event) -> None:
+    """Gate, stack, frame, and the code segment last, whose accessed bit stays as it is."""
     if not cpu.long_mode:
         gates.enter(cpu, event)
         return

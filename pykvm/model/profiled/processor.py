@@ -42,6 +42,8 @@ _NATIVE_EXITS: Final = frozenset(
 """Instructions that leave a native guest for KVM."""
 _MOST_REFAULTS: Final = 1 << 14
 """An instruction that faults so often never completes: its host would hang, too."""
+_ALIGNED: Final = 16
+"""Operands from this size on must be aligned, where the emulator's table does not say otherwise (12.4)."""
 _AC: Final = int(Rflags.AC)
 
 
@@ -92,7 +94,7 @@ class HostProcessor(HostAccess):
         native = self.runs_natively
         if self.left:
             self.mmu.flush_pml()
-        elif self.batch > 0 and native == self._was_native and not self.mmu.requested:
+        elif self.batch > 0 and native == self._was_native and self.mmu.rooted:
             return True
         self._was_native = native
         try:
@@ -265,6 +267,9 @@ class HostProcessor(HostAccess):
         for operand in insn.operands:
             if isinstance(operand, Memory):
                 self.next_rip = self.rip + insn.length & self.ip_mask
+                linear = self.linear(operand.segment, operand.offset(self), 1, False)
+                if operand.size >= _ALIGNED and linear % operand.size:
+                    raise Fault.gp()
                 operand.read(self)
 
     def _fail(self, cause: EmulateInstruction | None) -> None:
