@@ -28,8 +28,8 @@ UNPAGED: Final = Control(0x11, 0, 0, 0)
 class TdpRig:
     """One VM of the profile "kind era" with one slot at gfn 0, and one vCPU with a ring of 4096 entries.
 
-    ``host_level``: how large the host maps everything.  ``flags``: the slot's.  ``leaf``: flags of the guest's
-    entries at all levels.  ``ring`` False: bitmap.
+    ``host_level``: how large the host maps everything.  ``flags``: the slot's.  ``leaf``: flags of the
+    guest's entries at all levels.  ``ring`` False: bitmap.
     """
 
     def __init__(

@@ -16,6 +16,7 @@ from tests.model.mmu.tdp_rig import (
     DATA_PT,
     FETCH,
     LONG_MODE,
+    PAGES,
     PD,
     PDPT,
     PML4,
@@ -270,14 +271,17 @@ def test_no_store_passes_unreported_after_a_harvest_from_outside(name: str) -> N
     assert DATA in rig.pushed()
 
 
-def test_a_full_ring_leaves_before_the_store() -> None:
+def _read_on(rig: TdpRig) -> None:
+    """Read one page after the other."""
+    for gfn in range(0x200, PAGES):
+        rig.vcpu.translate(gfn << 12, READ)
+
+
+def test_a_full_ring_leaves_before_the_access() -> None:
     rig = TdpRig("amd-npt 6.12", leaf=PRESET)
-    limit = 4096 - 64
-    rig.store(DATA)
     with pytest.raises(LeaveGuest):
-        for gfn in range(0x200, 0x200 + 8192):
-            rig.vcpu.translate(gfn << 12, READ)
-    assert len(rig.pushed()) == limit
+        _read_on(rig)
+    assert len(rig.pushed()) == 65536 // 16 - 64
     assert not rig.vcpu.enter()
     rig.harvest()
     assert rig.vcpu.enter()
