@@ -131,8 +131,10 @@ def walk(vcpu: VcpuMmu, linear: int, access: int) -> GuestWalk:
     result.gpa = gpa
     result.gfn = gpa >> 12
     wanted = _A | _D if write else _A
-    if not complete & entry & _A or (write and not entry & _D):
-        _update(vcpu, result, depth, size, wanted, slots)
+    if (not complete & entry & _A or (write and not entry & _D)) and not _update(
+        vcpu, result, depth, size, wanted, slots
+    ):
+        return walk(vcpu, linear, access)
     return result
 
 
@@ -143,10 +145,11 @@ def _acc(rights: int, disabled: int) -> int:
 
 def _update(
     vcpu: VcpuMmu, result: GuestWalk, depth: int, size: int, wanted: int, slots: list[Memslot]
-) -> None:
+) -> bool:
     """Set A in every entry that lacks it and the wanted bits in the leaf, top-down; one mark an entry.
 
-    A table in a READONLY slot is passed over silently.
+    A table in a READONLY slot is passed over silently.  False where an entry is no longer what the walk read,
+    which tables that map themselves bring about: one entry then serves two levels, and the walk starts anew.
     """
     mmu = vcpu.mmu
     leaf = result.level - 1
@@ -159,9 +162,12 @@ def _update(
         if slot.flags & READONLY:
             continue
         gfn = result.table_gfn[number]
+        if read_entry(slot, gfn, result.index[number], size) != entry:
+            return False
         _write_entry(slot, gfn, result.index[number], size, new)
         result.ptes[number] = new
         mmu.mark_page_dirty(slot, gfn)
+    return True
 
 
 def forbids(control: Control, access: int, acc: int) -> bool:

@@ -125,6 +125,8 @@ def _fetch(vcpu: VcpuMmu, fault: Fault, found: GuestWalk, access: int, writable:
         return RetPf.RETRY
     address = fault.address
     level = sp.level
+    if not _unchanged(vcpu, found, min(level, vcpu.root.levels) - 1, size):
+        return RetPf.RETRY
     while True:
         sp.write_flooding_count = 0
         index = address >> 3 + 9 * level & 511
@@ -143,6 +145,8 @@ def _fetch(vcpu: VcpuMmu, fault: Fault, found: GuestWalk, access: int, writable:
             if not _unchanged(vcpu, found, level - 2, size):
                 return RetPf.RETRY
             shadow.link(sp, index, child)
+        elif not _unchanged(vcpu, found, level - 2, size):
+            return RetPf.RETRY
         if fault.write and table_gfn == fault.gfn:
             fault.write_to_own_table = True
         sp = child
