@@ -52,6 +52,10 @@ struct kvm_userspace_memory_region2 {
 #define KVM_GUESTDBG_BLOCKIRQ 0x00100000
 #endif
 
+#ifndef UFFD_USER_MODE_ONLY /* 5.11, 37cd0575b851 "userfaultfd: add UFFD_USER_MODE_ONLY" */
+#define UFFD_USER_MODE_ONLY 1
+#endif
+
 #ifndef UFFD_FEATURE_WP_HUGETLBFS_SHMEM /* 5.19, b1f9e876862d "mm/uffd: enable write protection for shmem & hugetlbfs" */
 #define UFFD_FEATURE_WP_HUGETLBFS_SHMEM (1 << 12)
 #endif

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from pykvm.errors import UsageError
+from pykvm.errors import HostError, UsageError
 from pykvm.machine import DirtyPages, Gfns, Machine, Slot, SlotFlags, Vcpu
 from pykvm.machine.dirty import distinct
 from pykvm.memory import PAGE_SIZE, GuestMemory
@@ -145,3 +146,13 @@ def runs(pages: Gfns) -> list[tuple[int, int]]:
     starts = np.concatenate(([0], breaks))
     ends = np.concatenate((breaks, [len(pages)]))
     return [(int(pages[s]), int(e - s)) for s, e in zip(starts.tolist(), ends.tolist(), strict=True)]
+
+
+def open_pagemap() -> int:
+    """A descriptor of /proc/self/pagemap.  Raises HostError where the process may not read it."""
+    try:
+        return os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise HostError(
+            f"Cannot open /proc/self/pagemap ({error.strerror}); mount /proc, or use the bitmap tracker."
+        ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from pykvm.abi.managed import Managed
 from pykvm.errors import HostError, KvmError
 from pykvm.machine import DirtyPages, Gfns
 from pykvm.memory import PAGE_SIZE
-from pykvm.track.host_pages import HostTracker
+from pykvm.track.host_pages import HostTracker, open_pagemap
 from pykvm.track.uffd import Userfaultfd
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class PagemapTracker(HostTracker):
 
     def start(self) -> None:
         self._fd = Userfaultfd(asynchronous=True)
-        self._pagemap = Managed(Managed.new_handle(os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)))
+        self._pagemap = Managed(Managed.new_handle(open_pagemap()))
         for each in self.ranges:
             self._fd.register(each.start, each.length)
             self._fd.protect(each.start, each.length)

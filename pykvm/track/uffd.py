@@ -18,19 +18,27 @@ _NEEDED = lib.UFFD_FEATURE_PAGEFAULT_FLAG_WP | lib.UFFD_FEATURE_WP_HUGETLBFS_SHM
 in the page tables, without UFFD_FEATURE_WP_UNPOPULATED, which is about anonymous memory."""
 
 
-def _open() -> int:
-    fd: int = lib.pykvm_userfaultfd(os.O_CLOEXEC | os.O_NONBLOCK)
+def _open(*, answers: bool) -> int:
+    """A descriptor; ``answers``: for somebody who answers faults, also those within system calls.
+
+    That needs a privilege, and is what a vCPU's faults are: KVM writes for its guest within KVM_RUN.  With
+    UFFD_USER_MODE_ONLY it would fail with EFAULT.  Faults that the kernel resolves by itself, as it does in
+    asynchronous mode, never ask, so there everybody may have the descriptor.
+    """
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | (0 if answers else lib.UFFD_USER_MODE_ONLY)
+    fd: int = lib.pykvm_userfaultfd(flags)
     if fd >= 0:
         return fd
-    if fd == -errno.EPERM:
-        # A descriptor with UFFD_USER_MODE_ONLY needs no privilege, and would be of no use: it answers no
-        # faults within system calls, and KVM writes for its guest within KVM_RUN.
+    if fd == -errno.EPERM and answers:
         raise HostError(
-            "userfaultfd is not permitted here; run with CAP_SYS_PTRACE, set the sysctl "
+            "userfaultfd is not permitted to answer for KVM here; run with CAP_SYS_PTRACE, set the sysctl "
             "vm.unprivileged_userfaultfd to 1, or allow access to /dev/userfaultfd."
         )
-    if fd == -errno.ENOSYS:
-        raise HostError("This kernel is built without userfaultfd; use the bitmap tracker.")
+    if fd in (-errno.EPERM, -errno.ENOSYS):
+        raise HostError(
+            "This kernel is built without userfaultfd, or a filter of system calls forbids it; "
+            "use the bitmap tracker."
+        )
     raise HostError(f"Cannot open a userfaultfd: {os.strerror(-fd)}.")
 
 
@@ -50,8 +58,7 @@ class Userfaultfd(Managed):
     """
 
     def __init__(self, *, asynchronous: bool) -> None:
-        with Managed(Managed.new_handle(_open())) as asking:
-            offered = _features(asking, 0)
+        offered = self.offered()
         wanted = _NEEDED | (lib.UFFD_FEATURE_WP_ASYNC if asynchronous else 0)
         if _NEEDED & ~offered:
             raise HostError(
@@ -63,14 +70,19 @@ class Userfaultfd(Managed):
                 "This kernel has no asynchronous userfaultfd write-protection (linux 6.7); use the tracker "
                 "'userfaultfd', which can do without, or 'bitmap'."
             )
-        super().__init__(self.new_handle(_open()))
+        super().__init__(self.new_handle(_open(answers=not asynchronous)))
         _features(self, wanted)
 
     @staticmethod
-    def has_asynchronous() -> bool:
+    def offered() -> int:
+        """The UFFD_FEATURE_ bits of this kernel.  Raises HostError where there is no userfaultfd."""
+        with Managed(Managed.new_handle(_open(answers=False))) as asking:
+            return _features(asking, 0)
+
+    @classmethod
+    def has_asynchronous(cls) -> bool:
         """Whether the kernel lifts protection by itself.  Raises HostError where there is no userfaultfd."""
-        with Managed(Managed.new_handle(_open())) as asking:
-            return bool(_features(asking, 0) & lib.UFFD_FEATURE_WP_ASYNC)
+        return bool(cls.offered() & lib.UFFD_FEATURE_WP_ASYNC)
 
     def register(self, start: int, length: int) -> None:
         """UFFDIO_REGISTER for write-protection; host address and bytes, multiples of the page size.

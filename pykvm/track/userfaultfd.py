@@ -13,7 +13,7 @@ from pykvm.abi import ffi, lib
 from pykvm.errors import HostError, KvmError, UsageError
 from pykvm.machine import DirtyPages, Gfns
 from pykvm.memory import PAGE_SIZE
-from pykvm.track.host_pages import HostTracker, runs
+from pykvm.track.host_pages import HostTracker, open_pagemap, runs
 from pykvm.track.uffd import Userfaultfd
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class UserfaultfdTracker(HostTracker):
         for each in self.ranges:
             self._fd.register(each.start, each.length)
         if self.mode == "async":
-            self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            self._pagemap = open_pagemap()
         else:
             self._start_thread(self._fd)
         for each in self.ranges:

@@ -10,20 +10,24 @@ import errno
 import mmap
 import os
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pykvm import track
-from pykvm.errors import HostError, UsageError
+from pykvm.errors import HostError, KvmError, UsageError
 from pykvm.machine import IoOut, Kicked, SlotFlags, System
 from pykvm.memory import PAGE_SIZE, GuestMemory
-from pykvm.track import PagemapTracker, Tracker, UserfaultfdTracker, make_tracker, uffd
+from pykvm.track import PagemapTracker, Tracker, UserfaultfdTracker, host_pages, make_tracker, uffd
 from pykvm.track.host_pages import HostRange, merged
-from tests.host_trackers import HOST_TRACKERS, host_tracker
+from tests.backends import on_kvm
+from tests.host_trackers import HOST_TRACKERS, WHY_NOT, host_tracker
 from tests.rings import LEAST_RING
 
 from .conftest import Rig
@@ -307,9 +311,9 @@ REAL = uffd.lib
 @pytest.mark.parametrize(
     ("number", "text"),
     [
-        (errno.EPERM, r"CAP_SYS_PTRACE, set the sysctl vm\.unprivileged_userfaultfd.*\.$"),
-        (errno.ENOSYS, r"built without userfaultfd; use the bitmap"),
-        (errno.EMFILE, r"Cannot open a userfaultfd: Too many open files"),
+        (errno.EPERM, r"a filter of system calls forbids it; use the bitmap tracker\.$"),
+        (errno.ENOSYS, r"built without userfaultfd, .*; use the bitmap tracker\.$"),
+        (errno.EMFILE, r"Cannot open a userfaultfd: Too many open files\.$"),
     ],
 )
 def test_what_the_host_does_not_allow_is_one_sentence(
@@ -321,6 +325,84 @@ def test_what_the_host_does_not_allow_is_one_sentence(
         tracker.arm(guest.machine)
     with pytest.raises(UsageError, match="call arm"):
         tracker.collect()
+
+
+def test_a_missing_privilege_is_told_where_one_is_needed(
+    guest: Writing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host_tracker("userfaultfd-sync")
+
+    def refuse(flags: int) -> int:
+        return int(REAL.pykvm_userfaultfd(flags)) if flags & REAL.UFFD_USER_MODE_ONLY else -errno.EPERM
+
+    monkeypatch.setattr(uffd, "lib", Library(pykvm_userfaultfd=refuse))
+    with pytest.raises(HostError, match=r"CAP_SYS_PTRACE, set the sysctl vm\.unprivileged_userfaultfd.*\.$"):
+        UserfaultfdTracker("sync").arm(guest.machine)
+    for name in ("userfaultfd-async", "pagemap"):
+        if not WHY_NOT[name]:
+            tracker = host_tracker(name)
+            tracker.arm(guest.machine)
+            guest.run(STORE, rdi=0x210000)
+            assert reported(tracker) == {0x210}
+            tracker.disarm()
+
+
+@on_kvm
+def test_answering_for_kvm_needs_more_than_user_mode(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vCPU's write faults within KVM_RUN: there UFFD_USER_MODE_ONLY answers nothing."""
+    tracker = host_tracker("userfaultfd-sync")
+    user_mode = Library(
+        pykvm_userfaultfd=lambda flags: REAL.pykvm_userfaultfd(flags | REAL.UFFD_USER_MODE_ONLY)
+    )
+    monkeypatch.setattr(uffd, "lib", user_mode)
+    with Writing(system.create_machine()) as guest:
+        tracker.arm(guest.machine)
+        vcpu = guest.load(STORE + DONE, rdi=0x210000)
+        with pytest.raises(KvmError, match="EFAULT"):
+            guest.finish(vcpu)
+        tracker.disarm()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
+@pytest.mark.parametrize("name", ["userfaultfd-async", "pagemap"])
+def test_asynchronous_trackers_need_no_privilege(name: str) -> None:
+    host_tracker(name)
+    program = (
+        "import ctypes, os\n"
+        "from pykvm.memory import GuestMemory\n"
+        "from pykvm.model.system import ModelSystem\n"
+        "from tests.host_trackers import HOST_TRACKERS\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)\n"  # PR_SET_DUMPABLE: as if it had been started so
+        f"tracker = HOST_TRACKERS[{name!r}]()\n"
+        "with ModelSystem() as system, system.create_machine() as machine, GuestMemory(65536) as memory:\n"
+        "    machine.create_slot(memory, 0)\n"
+        "    tracker.arm(machine)\n"
+        "    memory.view()[20480] = 1\n"
+        "    print(list(tracker.collect()))\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (found.returncode, found.stdout) == (0, "[(0, 5)]\n"), found.stderr
+
+
+def test_a_hidden_pagemap_is_one_sentence(guest: Writing, monkeypatch: pytest.MonkeyPatch) -> None:
+    host_tracker("pagemap")
+
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(host_pages.os, "open", refuse)
+    for tracker in (PagemapTracker(), UserfaultfdTracker("async")):
+        with pytest.raises(HostError, match=r"/proc/self/pagemap \(Permission denied\); .*\.$"):
+            tracker.arm(guest.machine)
+    monkeypatch.undo()
+    PagemapTracker().arm(guest.machine)  # nothing of it was left
 
 
 def test_an_old_kernel_is_told(guest: Writing, monkeypatch: pytest.MonkeyPatch) -> None:
