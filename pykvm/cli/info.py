@@ -11,10 +11,12 @@ from pykvm import __version__
 from pykvm.backends import open_system
 from pykvm.cli.host import Host, read_host
 from pykvm.cli.modes import ModeResult, measure_modes
+from pykvm.cli.profile_report import profile_document, profile_summary, profile_table
 from pykvm.cli.session import Session, common_options
 from pykvm.guest.boot import BootMode
 from pykvm.kvm import KvmSystem
 from pykvm.kvm.capabilities import Capability
+from pykvm.probe import Detection, detect, read_evidence
 from pykvm.report.text import bytes_text, count_text, seconds_text
 from pykvm.x86.cpuid import physical_address_bits
 
@@ -150,7 +152,8 @@ def _capabilities_table(capabilities: dict[str, int]) -> Table:
 def command(session: Session, show_all: bool) -> None:
     """Show what this host's KVM can do, what it lacks, and how to get that.
 
-    Guest modes are measured with small real guests: about a second.  Nothing on the host is changed.
+    Guest modes, and what KVM does about memory, are measured with small real guests: about a second.
+    Nothing on the host is changed.
     """
     host = read_host()
     session.document |= {"version": __version__} | host.to_json()
@@ -172,6 +175,9 @@ def command(session: Session, show_all: bool) -> None:
             capabilities = {name: value for name, value in answers.items() if value}
             session.document |= {"api_version": system.api_version, "limits": _limits(system, capabilities)}
         modes = measure_modes(system)
+        detection: Detection | None = None
+        if isinstance(system, KvmSystem):
+            detection = detect(system, read_evidence(), system.check_extension)
         on_kvm = isinstance(system, KvmSystem)
         mmu = mmu_facts(host, modes) if on_kvm else _MODEL_MMU
         missing = missing_facts(capabilities, modes) if on_kvm else []
@@ -180,6 +186,7 @@ def command(session: Session, show_all: bool) -> None:
             "backend": system.backend,
             "mmu": mmu,
             "modes": [item.to_json() for item in modes],
+            "profile": profile_document(detection) if detection else None,
             "capabilities": capabilities,
             "missing": missing,
         }
@@ -193,6 +200,11 @@ def command(session: Session, show_all: bool) -> None:
     session.out.print(_facts_table(rows))
     session.out.print()
     session.out.print(_modes_table(modes))
+    if detection:
+        session.out.print()
+        session.out.print(f"[bold]profile[/] {profile_summary(detection)}", soft_wrap=True)
+        session.out.print()
+        session.out.print(profile_table(detection))
     if on_kvm:
         _print_capabilities(session, capabilities, show_all=show_all)
     if missing:
