@@ -150,6 +150,8 @@ class TdpAccess:
         With NPT, that it goes on proves the entry above to be good: its A flag is set now.
         """
         gfn = gpa >> 12
+        if self._above is not None:
+            self._set_accessed(*self._above)
         spte = self.root.small.get(gfn) or self.root.leaf(gfn)[0]
         if self._walks_write:
             if spte & self._write_needs != self._write_needs:
@@ -164,11 +166,11 @@ class TdpAccess:
             slot.words[(gfn - slot.base_gfn << 9) + index] if size == 8 else read_entry(slot, gfn, index, 4)
         )
         if self._npt:
-            if self._above is not None and not self._above[4] & _GUEST_A:
-                above, above_gfn, above_index, above_size, entry = self._above
-                _write_entry(above, above_gfn, above_index, above_size, entry | _GUEST_A)
-            self._above = slot, gfn, index, size, value
+            self._above = None if value & _GUEST_A else (slot, gfn, index, size, value)
         return value
+
+    def _set_accessed(self, slot: Memslot, gfn: int, index: int, size: int, value: int) -> None:
+        _write_entry(slot, gfn, index, size, value | _GUEST_A)
 
     def _update(self, gpa: int, size: int, entry: int) -> None:
         """The processor sets flags in an entry of a guest table."""
@@ -183,6 +185,7 @@ class TdpAccess:
 
     def _load_pdpte(self, control: Control, linear: int) -> Control:
         number = linear >> 30 & 3
+        self._above = None
         entry = self._read((control.cr3 & 0xFFFFFFE0) + 8 * number, 8) or 0
         pdptrs = list(control.pdptrs)
         pdptrs[number] = entry

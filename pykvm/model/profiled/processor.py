@@ -70,6 +70,12 @@ class HostProcessor(HostAccess):
 
     def run(self, limit: int) -> Exit | None:
         """As Processor.run; DirtyRingFull where KVM finds the ring full before it enters the guest."""
+        exit = self._run(limit)
+        if exit is not None:
+            self.mmu.flush_pml()
+        return exit
+
+    def _run(self, limit: int) -> Exit | None:
         while not self.exits:
             if self.shut_down:
                 return Shutdown() if limit > 0 else None
