@@ -13,6 +13,7 @@ from pykvm.crosscheck.instructions.campaign import Campaign
 from pykvm.crosscheck.instructions.case import InstructionCase
 from pykvm.crosscheck.instructions.known import TABLE
 from pykvm.crosscheck.instructions.rule import Known
+from pykvm.model.cpu import decode
 from pykvm.model.cpu.semantics import TABLE as SEMANTICS
 from pykvm.x86.bits import Rflags
 from tests.cli.runner import ROOT, invoke
@@ -84,6 +85,7 @@ def test_what_was_found_before_an_interruption_stays(
             raise KeyboardInterrupt
 
     batch = Campaign._batch
+    monkeypatch.setattr(decode, "decoder", decode.Decoder)  # those that are shared know instructions already
     monkeypatch.setitem(SEMANTICS, "nop", replace(right, execute=wrong))
     monkeypatch.setattr(Campaign, "_batch", interrupted)
     arguments = ("--kind", "instructions", "--mode", "64", "--cases", "5000", "--seed", "1")
@@ -102,6 +104,7 @@ def test_a_wrong_model_is_found_saved_and_replayed(
         right.execute(cpu, insn)
         cpu.rflags ^= int(Rflags.CF)
 
+    monkeypatch.setattr(decode, "decoder", decode.Decoder)  # those that are shared know instructions already
     monkeypatch.setitem(SEMANTICS, "inc", replace(right, execute=wrong))
     arguments = ("--kind", "instructions", "--mode", "64", "--cases", "1500", "--seed", "1")
     done = invoke(capfd, "crosscheck", *arguments, "--backend", "model", "--save", str(tmp_path), "--json")

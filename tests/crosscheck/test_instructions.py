@@ -26,6 +26,7 @@ from pykvm.crosscheck.instructions.strategies import cases
 from pykvm.errors import PykvmError, UsageError
 from pykvm.kvm import KvmSystem
 from pykvm.machine import System
+from pykvm.model.cpu import decode
 from pykvm.model.cpu.semantics import TABLE as SEMANTICS
 from pykvm.model.oracle import InstructionOracle
 from pykvm.model.system import ModelSystem
@@ -101,6 +102,7 @@ def test_broken_semantics_are_found_and_shrunk(model: ModelSystem, monkeypatch: 
 
     cpuid = processor(model)
     oracle = InstructionOracle(cpuid)
+    monkeypatch.setattr(decode, "decoder", decode.Decoder)  # those that are shared know instructions already
     monkeypatch.setitem(SEMANTICS, "add", replace(right, execute=wrong))
     with Bench(64, 3, [model], oracle, cpuid) as bench:
         generator = Generator(64, 3, 4)
@@ -125,6 +127,7 @@ def test_a_crash_of_the_model_is_its_outcome(model: ModelSystem, monkeypatch: py
     def crash(cpu, insn):  # type: ignore[no-untyped-def]
         raise ZeroDivisionError("in the model")
 
+    monkeypatch.setattr(decode, "decoder", decode.Decoder)  # those that are shared know instructions already
     monkeypatch.setitem(SEMANTICS, "add", replace(SEMANTICS["add"], execute=crash))
     cpuid = processor(model)
     with Bench(64, 3, [model], InstructionOracle(cpuid), cpuid) as bench:
@@ -137,6 +140,7 @@ def test_a_crash_of_the_model_is_its_outcome(model: ModelSystem, monkeypatch: py
 def test_an_instruction_without_semantics_is_missing(
     model: ModelSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(decode, "decoder", decode.Decoder)  # those that are shared know instructions already
     monkeypatch.delitem(SEMANTICS, "bswap")
     cpuid = processor(model)
     with Bench(64, 3, [model], InstructionOracle(cpuid), cpuid) as bench:
