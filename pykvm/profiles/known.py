@@ -24,6 +24,7 @@ _KINDS: Final[Mapping[str, Mapping[str, Any]]] = {
         "zaps_unsync_children": False,
         "pages_1g": False,
         "dummy_root": False,
+        "copies_root_entries": True,
         "external_write_tracking": False,
     },
     "amd-shadow": {},

@@ -84,6 +84,9 @@ class Profile:
     zaps_unsync_children: bool = True
     """Zapping an SP zaps its unsync descendants (10.3); not with kvm_pvm's eager_zap_unsync_children=N
     (hosts.md B.11, 3)."""
+    copies_root_entries: bool = False
+    """Each vCPU runs on a copy of its root's entries (kvm_pvm): one that another vCPU made is learnt by a
+    spurious fault, or with the next flush of the whole TLB."""
     rmap_recycle_threshold: int = 1000
     """``RMAP_RECYCLE_THRESHOLD``: a gfn with more leaf SPTEs loses them all (10.4)."""
     sync_rebuilds_all: bool = False

@@ -23,6 +23,7 @@ from pykvm.model.mmu.guest_walk import walk
 from pykvm.model.mmu.memslots import READONLY
 from pykvm.model.mmu.outcomes import EmulateInstruction, GuestPageFault, LeaveGuest
 from pykvm.model.mmu.page_fault import page_fault, unprotect_and_retry
+from pykvm.model.mmu.profile import Paging
 from pykvm.model.mmu.roles import RootRole, root_role
 from pykvm.model.mmu.roots import Roots
 from pykvm.model.mmu.shadow_page import ShadowPage
@@ -82,10 +83,13 @@ class VcpuMmu:
         self.last_retry: tuple[int, int] | None = None
         """RIP and address of the last unprotect and retry."""
         self._tlb: tuple[dict[int, int], ...] = tuple({} for _ in range(_KIND + 1))
+        self._copies: dict[ShadowPage, set[int]] = {}
+        """Where the profile copies roots: which of their entries this vCPU has."""
         self._mmio: tuple[int, int] | None = None
         """Page of the last MMIO access, and its gfn."""
         self._ring_full = False
-        self._flush = False
+        self._flush = mmu.profile.paging is Paging.EPT
+        """KVM_REQ_TLB_FLUSH: from the start where loading a vCPU on another CPU asks for one (VMX)."""
         self._flush_current = False
         self._flush_guest = mmu.profile.flushes_first_root
         self._sync = False
@@ -203,6 +207,8 @@ class VcpuMmu:
             self._flush = self._flush_current = False
             counters.tlb_flush += 1
             self.flush_tlb()
+            self._copies.clear()
+            self._copy_root()
         if self._flush_current:
             self._flush_current = False
             counters.tlb_flush += 1
@@ -220,7 +226,16 @@ class VcpuMmu:
             self.roots.load()
             self.roots.sync()
             self.flush_tlb()
+        self._copy_root()
         return True
+
+    def _copy_root(self) -> None:
+        """A root that this vCPU has no copy of is copied as it is."""
+        root = self.roots.current
+        if root is not None and self.mmu.profile.copies_root_entries:
+            for sp in root.pages:
+                if sp is not None and sp not in self._copies:
+                    self._copies[sp] = set(sp.children)
 
     def _full(self) -> bool:
         ring = self.ring
@@ -256,8 +271,18 @@ class VcpuMmu:
             if error is None:
                 return self._tlb[access & _KIND][linear >> 12] | linear & 0xFFF
             page_fault(self, linear, error)
+            if self._copies:
+                self._learn(linear)
             self.reenter()
         raise StuckGuestError(f"The guest's access to {linear:#x} faults for ever: KVM_RUN would not return.")
+
+    def _learn(self, linear: int) -> None:
+        """After a fault: this vCPU has the root's entry for the address, if there is one."""
+        sp = self.top_page(linear)
+        if sp in self._copies:
+            index = linear >> 3 + 9 * sp.level & 511
+            if index in sp.children:
+                self._copies[sp].add(index)
 
     def _look_up(self, linear: int, access: int) -> int | None:
         """The processor's walk of the shadow tables: fills the TLB, or gives the error code of its fault."""
@@ -270,6 +295,8 @@ class VcpuMmu:
             error |= _PF_U
         sp = self.top_page(linear)
         if sp is None:
+            return error
+        if self._copies and linear >> 3 + 9 * sp.level & 511 not in self._copies.get(sp, ()):
             return error
         while True:
             index = linear >> 3 + 9 * sp.level & 511

@@ -15,6 +15,7 @@ from pykvm.model.cpu.faults import Fault
 from pykvm.model.cpu.processor import Processor
 from pykvm.model.mmu.outcomes import GuestPageFault
 from pykvm.model.paging import Access
+from pykvm.x86.bits import PageFault
 from pykvm.x86.exceptions import Vector
 
 if TYPE_CHECKING:
@@ -78,7 +79,14 @@ class HostAccess(Processor):
             last = self._wrap(address + size - 1)
             if last & -_PAGE != address & -_PAGE:
                 self.reach(last & -_PAGE, _WRITE)
-        return int.from_bytes(self.load_linear(address, size), "little")
+            return int.from_bytes(self.load_linear(address, size), "little")
+        try:
+            return int.from_bytes(self.load_linear(address, size), "little")
+        except Fault as fault:
+            if fault.vector == Vector.PF:
+                # The emulator reads, but tells the guest of a write (x86_emulate_insn).
+                raise Fault(Vector.PF, (fault.error or 0) | PageFault.WR, address=fault.address) from None
+            raise
 
     def require_writable(self, segment: int, offset: int, size: int) -> None:
         if not self.emulating:  # KVM's emulator does not look before it stores
