@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, cast
 
-from pykvm.machine.exits import Exit, IoIn, IoOut
+from pykvm.machine.exits import Exit, IoIn, IoOut, MmioRead
 from pykvm.machine.statistics import Statistics
 from pykvm.model.profiled.processor import HostProcessor
 from pykvm.model.profiled.rings import RingReader
@@ -72,6 +72,11 @@ class ProfiledVcpu(ModelVcpu):
             if self.host_cpu.runs_natively:
                 self.host_cpu.left = True  # others may have asked for a flush meanwhile
             return super()._slice(limit)
+
+    def _seen(self, exit: Exit | None) -> Exit | None:
+        if isinstance(exit, IoIn | MmioRead):
+            self._question = exit
+        return exit
 
     def forget_memory(self) -> None:
         """The MMU knows what changed."""
