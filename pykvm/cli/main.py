@@ -26,6 +26,7 @@ _OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
     cls=LazyGroup,
     modules={
         "info": "info",
+        "overhead": "overhead",
         "guests": "guests",
         "run": "run",
         "dirty": "dirty",

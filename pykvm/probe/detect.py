@@ -15,8 +15,9 @@ from pykvm.probe.shadow import SHADOW_PROBES
 from pykvm.probe.tdp import TDP_PROBES
 from pykvm.profiles import ERAS, Paging, Profile, profile
 
-OF_THE_PROCESSOR: Final = frozenset({"physical_bits", "pages_1g"})
-"""Behaviours that differ from processor to processor, so that a known host is none the less equal."""
+OF_THE_HOST: Final = frozenset({"physical_bits", "pages_1g", "external_write_tracking"})
+"""What differs from processor to processor, and from one build of a kernel to another: a host may differ in
+these and still be equal to the known one."""
 
 BEHAVIOURS: Final = tuple(each.name for each in fields(Profile) if each.name not in ("name", "era"))
 """All behaviours of a profile, in its order."""
@@ -53,12 +54,12 @@ class Detection:
 
     @property
     def differences(self) -> dict[str, tuple[Any, Any]]:
-        """Behaviours that differ from it: (found, known); without what is the processor's own."""
+        """Behaviours that differ from it: (found, known); without OF_THE_HOST."""
         known = self.known
         return {
             name: (getattr(self.profile, name), getattr(known, name))
             for name in BEHAVIOURS
-            if name not in OF_THE_PROCESSOR and getattr(self.profile, name) != getattr(known, name)
+            if name not in OF_THE_HOST and getattr(self.profile, name) != getattr(known, name)
         }
 
 
@@ -78,9 +79,7 @@ def _kind(bench: Bench) -> str:
 
 def _distance(found: Mapping[str, Finding], known: Profile) -> int:
     return sum(
-        finding.value != getattr(known, name)
-        for name, finding in found.items()
-        if name not in OF_THE_PROCESSOR
+        finding.value != getattr(known, name) for name, finding in found.items() if name not in OF_THE_HOST
     )
 
 

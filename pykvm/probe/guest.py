@@ -29,8 +29,8 @@ PORT: Final = 0x10
 DONE: Final = bytes([0xE6, PORT])
 """out 0x10, al"""
 _NOP: Final = b"\x90"
-"""First in every snippet: KVM on AMD takes a guest that goes on at the address of the OUT that it left with for
-one that still has to be moved behind it (hosts.md C.3)."""
+"""First in every snippet: KVM on AMD takes a guest that goes on at the address of the OUT that it left with
+for one that has yet to be moved behind it (hosts.md C.3)."""
 LOAD: Final = b"\x48\x8b\x07"
 """mov rax, [rdi]"""
 STORE: Final = b"\x48\x89\x07"
