@@ -21,7 +21,7 @@ from pykvm.model.interleave import CASES, MUTATIONS, TOPICS, Case, Mutation, Res
     metavar="NAME",
     help="Break this rule in its case and show what comes of it.",
 )
-@click.option("--large", is_flag=True, help="Explore the large cases, too: about half a minute.")
+@click.option("--large", is_flag=True, help="Explore the large cases, too: about a minute.")
 @click.option("--list", "only_list", is_flag=True, help="List the cases and the mutations.")
 @common_options
 def command(

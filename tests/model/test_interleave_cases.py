@@ -93,6 +93,10 @@ EXPECTED = {
         "page fault: no slot has page 0, the store becomes an MMIO exit; enters the guest",
         "frees the slot: bitmap, rmap, and userspace takes the memory back",
     ],
+    "tdp-bitmap": ["slow page fault: SPTE 0 has changed, RET_PF_RETRY, releases mmu_lock; enters the guest"],
+    "tdp-ring": [
+        "slow page fault: takes mmu_lock for reading, SPTE 0 has W=1 by now: spurious; enters the guest"
+    ],
     "unsync": [
         "sync: reads unsync without mmu_lock, not set: nothing to do",
         "sync: under mmu_lock nothing is unsync any more",

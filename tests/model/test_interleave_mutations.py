@@ -23,6 +23,7 @@ BREAKS = {
     "get-flush-before-protect": LOST,
     "get-without-protect": LOST,
     "get-copy-before-protect": LOST,
+    "get-without-exclusion": LOST,
     "pause-without-waiting": LOST,
     "manual-copy-before-clear": LOST,
     "manual-clear-unread": LOST,
@@ -65,6 +66,7 @@ BREAKS = {
 HARMLESS = {
     "get-flush-after-return",
     "fast-without-compare-logging",
+    "tdp-without-compare",
     "track-protect-before-count",
     "harvest-release-before-payload",
     "pml-pause-without-kick",

@@ -59,8 +59,8 @@ def _starts(vm: Vm) -> list[Start[Vm]]:
     return starts
 
 
-def _vcpus(stores: Stores, rules: Rules, soft_limit: int = 0) -> list[Vcpu]:
-    return [Vcpu(number, pages, rules, soft_limit) for number, pages in enumerate(stores)]
+def _vcpus(stores: Stores, rules: Rules, soft_limit: int = 0, *, tdp_mmu: bool = False) -> list[Vcpu]:
+    return [Vcpu(number, pages, rules, soft_limit, tdp_mmu=tdp_mmu) for number, pages in enumerate(stores)]
 
 
 def _pages(stores: Stores) -> int:
@@ -68,7 +68,7 @@ def _pages(stores: Stores) -> int:
 
 
 def _bitmap(
-    stores: Stores, rounds: int, *, manual: bool = False, pml: bool = False
+    stores: Stores, rounds: int, *, manual: bool = False, pml: bool = False, tdp_mmu: bool = False
 ) -> Callable[[Rules], World]:
     def build(rules: Rules) -> World:
         vm = Vm.create(_pages(stores), len(stores), pml=pml)
@@ -76,17 +76,17 @@ def _bitmap(
         if not pml:
             order = tuple(phase for phase in order if phase != "kick")
         collector = Collector("CLEAR" if manual else "GET", order, rounds, len(stores), rules)
-        return _starts(vm), [*_vcpus(stores, rules), collector]
+        return _starts(vm), [*_vcpus(stores, rules, tdp_mmu=tdp_mmu), collector]
 
     return build
 
 
-def _ring(stores: Stores, rounds: int, size: int) -> Callable[[Rules], World]:
+def _ring(stores: Stores, rounds: int, size: int, *, tdp_mmu: bool = False) -> Callable[[Rules], World]:
     def build(rules: Rules) -> World:
         vm = Vm.create(_pages(stores), len(stores), ring_size=size)
         collector = Collector("userspace", rules.ring_order, rounds, len(stores), rules)
         starts = [start for start in _starts(vm) if not start.shared.bitmap]
-        return starts, [*_vcpus(stores, rules, soft_limit=size), collector]
+        return starts, [*_vcpus(stores, rules, size, tdp_mmu=tdp_mmu), collector]
 
     return build
 
@@ -101,21 +101,22 @@ def _outside(rules: Rules) -> World:
 
 
 def _untracked(vm: Vm) -> list[Start[Vm]]:
-    """No logging; the page is mapped with W=1, or was protected when logging was still on."""
+    """No logging; the page is mapped with W=1, or was protected when logging was still on, or not mapped."""
     vm.logging = False
-    writable = vm.copy()
-    for gfn in vm.pages:
-        writable.set_spte(gfn, WRITABLE)
+    writable, absent = vm.copy(), vm.copy()
+    writable.set_spte(0, WRITABLE)
+    absent.set_spte(0, NO_SPTE)
     return [
         Start("page 0 mapped with W=1", writable),
         Start("page 0 mapped with W=0, MMU-writable=1 (logging was on)", vm),
+        Start("page 0 not mapped", absent),
     ]
 
 
-def _tracking(stores: Stores, *, remove: bool) -> Callable[[Rules], World]:
+def _tracking(stores: Stores, *, remove: bool, tdp_mmu: bool = False) -> Callable[[Rules], World]:
     def build(rules: Rules) -> World:
-        starts = _untracked(Vm.create(_pages(stores), len(stores)))
-        return starts, [*_vcpus(stores, rules), Tracker(0, rules, remove=remove)]
+        starts = _untracked(Vm.create(1, len(stores)))
+        return starts, [*_vcpus(stores, rules, tdp_mmu=tdp_mmu), Tracker(0, rules, remove=remove)]
 
     return build
 
@@ -128,10 +129,10 @@ def _tracking_while_logging(stores: Stores, rounds: int, *, remove: bool) -> Cal
     return build
 
 
-def _removal(stores: Stores) -> Callable[[Rules], World]:
+def _removal(stores: Stores, *, tdp_mmu: bool = False) -> Callable[[Rules], World]:
     def build(rules: Rules) -> World:
         starts = _starts(Vm.create(_pages(stores), len(stores)))
-        return starts, [*_vcpus(stores, rules), Remover(rules)]
+        return starts, [*_vcpus(stores, rules, tdp_mmu=tdp_mmu), Remover(rules)]
 
     return build
 
@@ -178,7 +179,7 @@ CASES = {
         Case(
             "bitmap",
             "GET_DIRTY_LOG against stores and page faults",
-            "2 vCPUs, 1 page, stores 2 + 1, 1 collection beside them and the last",
+            "2 vCPUs, 1 page, stores 2 + 1, 1 collection and the last",
             _bitmap(((0, 0), (0,)), 1),
         ),
         Case(
@@ -246,6 +247,30 @@ CASES = {
             "the slot is deleted under page faults",
             "2 vCPUs, 1 page, stores 2 + 1, 1 deletion",
             _removal(((0, 0), (0,))),
+        ),
+        Case(
+            "tdp-bitmap",
+            "GET_DIRTY_LOG, and faults that share mmu_lock (TDP MMU)",
+            "2 vCPUs, 1 page, stores 2 + 1, 1 collection and the last",
+            _bitmap(((0, 0), (0,)), 1, tdp_mmu=True),
+        ),
+        Case(
+            "tdp-ring",
+            "two dirty rings, and faults that share mmu_lock (TDP MMU)",
+            "2 vCPUs, 1 page, stores 1 + 1, rings of 2 entries, 1 collection and the last",
+            _ring(((0,), (0,)), 1, 2, tdp_mmu=True),
+        ),
+        Case(
+            "tdp-tracking",
+            "a page becomes write-tracked and is not any more; faults share mmu_lock (TDP MMU)",
+            "2 vCPUs, 1 page, stores 2 + 1, 1 add and its removal, no logging",
+            _tracking(((0, 0), (0,)), remove=True, tdp_mmu=True),
+        ),
+        Case(
+            "tdp-removal",
+            "the slot is deleted under faults that share mmu_lock (TDP MMU)",
+            "2 vCPUs, 1 page, stores 2 + 1, 1 deletion",
+            _removal(((0, 0), (0,)), tdp_mmu=True),
         ),
         Case(
             "unsync",
@@ -381,6 +406,20 @@ CASES = {
             "a slot of two pages is deleted",
             "2 vCPUs, 2 pages, stores 2 + 2, 1 deletion",
             _removal(((0, 1), (1, 0))),
+            large=True,
+        ),
+        Case(
+            "tdp-bitmap-large",
+            "GET_DIRTY_LOG, two pages, and faults that share mmu_lock (TDP MMU)",
+            "2 vCPUs, 2 pages, stores 2 + 2, 1 collection and the last",
+            _bitmap(((0, 1), (1, 0)), 1, tdp_mmu=True),
+            large=True,
+        ),
+        Case(
+            "tdp-removal-vcpus",
+            "the slot is deleted under three vCPUs whose faults share mmu_lock (TDP MMU)",
+            "3 vCPUs, 1 page, stores 2 + 1 + 1, 1 deletion",
+            _removal(((0, 0), (0,), (0,)), tdp_mmu=True),
             large=True,
         ),
         Case(

@@ -87,7 +87,9 @@ class Collector(Actor[Vm, CollectorFrame]):
         return "kicks all vCPUs: they leave the guest"
 
     def _xchg(self, vm: Vm, me: CollectorFrame) -> str | None:
-        if vm.mmu_lock:
+        """The word is exchanged under mmu_lock, which is kept until its pages are protected."""
+        holds = self._rules.protect_locks and "protect" in me.todo and bool(vm.bitmap)
+        if vm.mmu_lock or (self._rules.protect_locks and vm.sharers):
             return None
         me.mask = me.armed = vm.bitmap
         vm.bitmap = 0
@@ -95,10 +97,9 @@ class Collector(Actor[Vm, CollectorFrame]):
         did = f"exchanges the word with 0: {words(pages_of(me.mask))}"
         if not me.mask:
             self._skip(me, "protect", "flush", "return", "read")
+        if not holds:
             return did
-        if "protect" not in me.todo or not self._rules.protect_locks:
-            return did
-        vm.mmu_lock = self.name
+        vm.lock(self.name)
         return f"takes mmu_lock, {did}"
 
     def _get(self, vm: Vm, me: CollectorFrame) -> str:
@@ -109,11 +110,10 @@ class Collector(Actor[Vm, CollectorFrame]):
         return f"KVM_GET_DIRTY_LOG copies the bitmap: {words(pages_of(me.mask))}"
 
     def _clear(self, vm: Vm, me: CollectorFrame) -> str | None:
-        if vm.mmu_lock:
+        if not vm.lock(self.name):
             return None
         me.armed = vm.bitmap & me.mask if self._rules.clear_only_what_was_read else vm.bitmap
         vm.bitmap &= ~me.armed
-        vm.mmu_lock = self.name
         self._next(me)
         return f"takes mmu_lock, clears {words(pages_of(me.armed))}"
 
@@ -195,12 +195,10 @@ class Collector(Actor[Vm, CollectorFrame]):
     def _protect(self, vm: Vm, me: CollectorFrame) -> str | None:
         """Re-arm one page: W (under PML: D) is cleared, MMU-writable stays; under mmu_lock."""
         locks = self._rules.protect_locks
-        if locks and vm.mmu_lock not in ("", self.name):
+        did = "takes mmu_lock, " if locks and not vm.mmu_lock else ""
+        if locks and not vm.lock(self.name):
             return None
         me.left = me.left or me.armed
-        did = "takes mmu_lock, " if locks and not vm.mmu_lock else ""
-        if locks:
-            vm.mmu_lock = self.name
         if me.left:
             gfn = pages_of(me.left)[0]
             me.left &= ~(1 << gfn)

@@ -51,6 +51,17 @@ GET = (
         harmless=True,
     ),
     Mutation(
+        "get-without-exclusion",
+        "tdp-bitmap",
+        {"protect_locks": False},
+        "GET_DIRTY_LOG does not exclude faults of the TDP MMU: it holds mmu_lock for reading as they do, or "
+        "not at all.",
+        "make_spte marks before the SPTE is there. The collection takes the mark, finds nothing to protect, "
+        "and copies; then the SPTE is installed with W=1. Compare-and-exchange does not help: the SPTE was "
+        "not present before and is not present after the protection.",
+        "GET, CLEAR and RESET protect under mmu_lock for writing, which waits for faults (kvm-mmu.md 3.2).",
+    ),
+    Mutation(
         "pause-without-waiting",
         "bitmap",
         {"pause_waits": False},

@@ -30,6 +30,7 @@ class Rules:
 
     # 7.2, 8: under mmu_lock make_spte looks at the track count once more, marks, and the SPTE is installed
     slow_rechecks_tracking: bool = True
+    slow_compares: bool = True  # 11.1: the TDP MMU, whose faults share mmu_lock
 
     # 3.2: one ioctl; the contents are userspace's
     get_order: tuple[str, ...] = ("kick", "xchg", "protect", "flush", "read")

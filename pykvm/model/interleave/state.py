@@ -70,7 +70,8 @@ class Vm(Record):
     """By vCPU, then gfn: whether a translation is cached that lets stores through without a walk."""
 
     mode: tuple[Mode, ...]  # by vCPU
-    mmu_lock: str = ""  # the actor that holds it
+    mmu_lock: str = ""  # the actor that holds it for writing
+    sharers: int = 0  # faults of the TDP MMU that hold it for reading
 
     logging: bool = True
     bitmap: int = 0
@@ -117,6 +118,12 @@ class Vm(Record):
     @property
     def vcpus(self) -> range:
         return range(len(self.mode))
+
+    def lock(self, name: str) -> bool:
+        """Take mmu_lock for writing; whether ``name`` has it now."""
+        if not self.mmu_lock and not self.sharers:
+            self.mmu_lock = name
+        return self.mmu_lock == name
 
     def set_spte(self, gfn: int, spte: Spte) -> None:
         self.spte = put(self.spte, gfn, spte)

@@ -61,17 +61,16 @@ class Tracker(Phases):
         }
 
     def _count(self, vm: Vm, me: PhaseFrame) -> str | None:
-        if vm.mmu_lock not in ("", self.name):
+        if not vm.lock(self.name):
             return None
-        vm.mmu_lock = self.name
         vm.tracked = put(vm.tracked, self._gfn, vm.tracked[self._gfn] + 1)
         me.todo = me.todo[1:]
-        return f"add: takes mmu_lock, counts page {self._gfn} as tracked"
+        did = f"add: takes mmu_lock, counts page {self._gfn} as tracked"
+        return did + (self.release(vm) if me.todo[0] == "return" else "")
 
     def _protect(self, vm: Vm, me: PhaseFrame) -> str | None:
-        if vm.mmu_lock not in ("", self.name):
+        if not vm.lock(self.name):
             return None
-        vm.mmu_lock = self.name
         gfn, rules = self._gfn, self._rules
         old = vm.spte[gfn]
         new = old._replace(writable=False, dirty=False)
@@ -99,7 +98,7 @@ class Tracker(Phases):
         return f"add returns: from now on it is to be told of every store to page {self._gfn}"
 
     def _remove(self, vm: Vm, me: PhaseFrame) -> str | None:
-        if vm.mmu_lock:
+        if vm.mmu_lock or vm.sharers:
             return None
         vm.promised = put(vm.promised, self._gfn, False)
         vm.tracked = put(vm.tracked, self._gfn, vm.tracked[self._gfn] - 1)
@@ -138,10 +137,9 @@ class Remover(Phases):
         return "synchronize_srcu: no reader of the old memslots is left"
 
     def _zap(self, vm: Vm, me: PhaseFrame) -> str | None:
-        if vm.mmu_lock not in ("", self.name):
-            return None
         did = "" if vm.mmu_lock else "takes mmu_lock, "
-        vm.mmu_lock = self.name
+        if not vm.lock(self.name):
+            return None
         vm.set_spte(me.cursor, NO_SPTE)
         did += f"zaps SPTE {me.cursor}"
         me.cursor += 1

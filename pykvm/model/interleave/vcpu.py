@@ -46,13 +46,25 @@ class VcpuFrame(Record):
 
 
 class Vcpu(Actor[Vm, VcpuFrame]):
-    """``soft_limit``: entries of the ring in use at which the vCPU is not let into the guest."""
+    """``soft_limit``: entries of the ring in use at which the vCPU is not let into the guest.
 
-    def __init__(self, number: int, stores: tuple[int, ...], rules: Rules, soft_limit: int = 0) -> None:
+    ``tdp_mmu``: slow faults share mmu_lock and settle their races by the SPTE (kvm-mmu.md 11.1).
+    """
+
+    def __init__(
+        self,
+        number: int,
+        stores: tuple[int, ...],
+        rules: Rules,
+        soft_limit: int = 0,
+        *,
+        tdp_mmu: bool = False,
+    ) -> None:
         super().__init__(f"vCPU {number}", VcpuFrame(stores))
         self._number = number
         self._rules = rules
         self._soft_limit = soft_limit
+        self._tdp_mmu = tdp_mmu
         self._host: dict[str, tuple[Step[Vm, VcpuFrame], ...]] = {
             "pml": (self._flush_pml,),
             "fault": (self._fault,),
@@ -221,25 +233,40 @@ class Vcpu(Actor[Vm, VcpuFrame]):
         if me.slot is Slot.INVALID:
             me.retried = vm.memslots
             return f"slow page fault: the slot is INVALID, RET_PF_RETRY{self._enter(vm, me)}"
-        if vm.mmu_lock:
+        if vm.mmu_lock or (vm.sharers and not self._tdp_mmu):
             return None
-        did = "slow page fault: takes mmu_lock"
+        did = f"slow page fault: takes mmu_lock{' for reading' if self._tdp_mmu else ''}"
+        spte = vm.spte[gfn]
         if vm.tracked[gfn] and self._rules.slow_rechecks_tracking:
-            if not vm.spte[gfn].present:
+            if not spte.present:
                 vm.set_spte(gfn, READ_ONLY)
             me.todo = self._emulation()
             return f"{did}, page {gfn} is tracked: SPTE {gfn} stays W=0, the store is emulated"
-        vm.mmu_lock = self.name
+        if self._tdp_mmu and spte.writable:
+            return f"{did}, SPTE {gfn} has W=1 by now: spurious{self._enter(vm, me)}"
+        if self._tdp_mmu:
+            vm.sharers += 1
+            me.old = spte
+            did += f", reads SPTE {gfn}"
+        else:
+            vm.mmu_lock = self.name
         me.todo = ("mark", "install")
         return self._then(vm, me, did)
 
     def _install(self, vm: Vm, me: VcpuFrame) -> str:
+        """The SPTE, compared and exchanged where others hold mmu_lock, too; then the lock is released."""
         gfn = me.gfn
-        did = f"slow page fault: installs SPTE {gfn} with W=1, releases mmu_lock"
-        vm.set_spte(gfn, WRITABLE)
-        vm.mmu_lock = ""
-        vm.check_slot(did, "the rmap")
         me.todo = ()
+        did = f"slow page fault: installs SPTE {gfn} with W=1, releases mmu_lock"
+        if self._tdp_mmu:
+            vm.sharers -= 1
+            if self._rules.slow_compares and vm.spte[gfn] != me.old:
+                did = f"slow page fault: SPTE {gfn} has changed, RET_PF_RETRY, releases mmu_lock"
+                return did + self._enter(vm, me)
+        else:
+            vm.mmu_lock = ""
+        vm.set_spte(gfn, WRITABLE)
+        vm.check_slot(did, "the rmap")
         return did + self._enter(vm, me)
 
     # --- emulation of a store to a tracked page (kvm-mmu.md 12.4) ---------------------------------
