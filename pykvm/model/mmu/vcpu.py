@@ -21,7 +21,7 @@ from pykvm.model.mmu.counters import VcpuCounters
 from pykvm.model.mmu.dirty_ring import DirtyRing
 from pykvm.model.mmu.guest_walk import walk
 from pykvm.model.mmu.memslots import READONLY
-from pykvm.model.mmu.outcomes import EmulateInstruction, GuestPageFault, LeaveGuest
+from pykvm.model.mmu.outcomes import EmulateInstruction, GuestPageFault, LeaveGuest, Refault
 from pykvm.model.mmu.page_fault import page_fault, unprotect_and_retry
 from pykvm.model.mmu.profile import Paging
 from pykvm.model.mmu.roles import RootRole, root_role
@@ -78,11 +78,14 @@ class VcpuMmu:
         self.load_as_id = 0
         """The address space that guest code sees: 1 in SMM."""
         self.tdp = TdpAccess(self) if mmu.tdp is not None else None
+        self.restarts = False
+        """Accesses that fault are not repeated by themselves: whoever asks starts its instruction again."""
         self.rip = 0
         """RIP of the instruction that runs natively."""
         self.last_retry: tuple[int, int] | None = None
         """RIP and address of the last unprotect and retry."""
         self._tlb: tuple[dict[int, int], ...] = tuple({} for _ in range(_KIND + 1))
+        self._copying = mmu.profile.copies_root_entries
         self._copies: dict[ShadowPage, set[int]] = {}
         """Where the profile copies roots: which of their entries this vCPU has."""
         self._mmio: tuple[int, int] | None = None
@@ -113,7 +116,7 @@ class VcpuMmu:
         if change is ControlChange.HOST:
             if (old.cr0, old.cr3, old.cr4, old.efer) != (control.cr0, control.cr3, control.cr4, control.efer):
                 self._reset_context()
-                self._flush_guest = True
+                self._flush_guest |= self.mmu.profile.flushes_first_root
         elif change is ControlChange.MOV_CR3:
             self._mov_cr3(old)
         else:
@@ -182,9 +185,7 @@ class VcpuMmu:
     @property
     def requested(self) -> bool:
         """Whether a request waits for the next entry (``kvm_request_pending``)."""
-        return (
-            self._flush or self._flush_current or self._flush_guest or self._sync or self._free_obsolete
-        )
+        return self._flush or self._flush_current or self._flush_guest or self._sync or self._free_obsolete
 
     @property
     def rooted(self) -> bool:
@@ -208,7 +209,6 @@ class VcpuMmu:
             counters.tlb_flush += 1
             self.flush_tlb()
             self._copies.clear()
-            self._copy_root()
         if self._flush_current:
             self._flush_current = False
             counters.tlb_flush += 1
@@ -226,16 +226,7 @@ class VcpuMmu:
             self.roots.load()
             self.roots.sync()
             self.flush_tlb()
-        self._copy_root()
         return True
-
-    def _copy_root(self) -> None:
-        """A root that this vCPU has no copy of is copied as it is."""
-        root = self.roots.current
-        if root is not None and self.mmu.profile.copies_root_entries:
-            for sp in root.pages:
-                if sp is not None and sp not in self._copies:
-                    self._copies[sp] = set(sp.children)
 
     def _full(self) -> bool:
         ring = self.ring
@@ -257,7 +248,8 @@ class VcpuMmu:
         """The guest-physical address of a linear one, for native code; ``access``: pykvm.model.paging.Access.
 
         The access lies within a page.  Takes the faults that KVM fixes without anybody noticing.  Raises
-        GuestPageFault and EmulateInstruction, and LeaveGuest where the ring is full after a fault.
+        GuestPageFault and EmulateInstruction, LeaveGuest where the ring is full after a fault, and Refault
+        after any other if ``restarts``.
         """
         page = self._tlb[access & _KIND].get(linear >> 12)
         if page is not None:
@@ -271,9 +263,11 @@ class VcpuMmu:
             if error is None:
                 return self._tlb[access & _KIND][linear >> 12] | linear & 0xFFF
             page_fault(self, linear, error)
-            if self._copies:
+            if self._copying:
                 self._learn(linear)
             self.reenter()
+            if self.restarts:
+                raise Refault
         raise StuckGuestError(f"The guest's access to {linear:#x} faults for ever: KVM_RUN would not return.")
 
     def _learn(self, linear: int) -> None:
@@ -296,8 +290,12 @@ class VcpuMmu:
         sp = self.top_page(linear)
         if sp is None:
             return error
-        if self._copies and linear >> 3 + 9 * sp.level & 511 not in self._copies.get(sp, ()):
-            return error
+        if self._copying:
+            # Native code runs on a copy of the root, made when it first does.
+            if sp not in self._copies:
+                self._copies[sp] = set(sp.children)
+            if linear >> 3 + 9 * sp.level & 511 not in self._copies[sp]:
+                return error
         while True:
             index = linear >> 3 + 9 * sp.level & 511
             child = sp.children.get(index)

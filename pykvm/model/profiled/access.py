@@ -31,8 +31,11 @@ _READ, _WRITE, _FETCH = int(Access.READ), int(Access.WRITE), int(Access.FETCH)
 _USER, _IMPLICIT = int(Access.USER), int(Access.IMPLICIT)
 
 
-class Refault(Exception):
-    """KVM took a fault and fixed it: the guest starts the instruction again."""
+class Raced(Exception):
+    """A locked store of the emulator found memory changed since it read: the instruction starts again.
+
+    A single vCPU does that to itself by a locked operation on the very entry that maps it: D is set between.
+    """
 
 
 class HostAccess(Processor):
@@ -40,12 +43,17 @@ class HostAccess(Processor):
 
     def __init__(self, bus: Bus, cpuid: Sequence[CpuidEntry], mmu: VcpuMmu) -> None:
         self.mmu = mmu
+        mmu.restarts = True
         self.untracked = False
         """The emulator's stores go by write_std."""
         self.gathering = False
         """The emulator's stores are put together and made as one."""
         self.locking = False
         """The emulator's stores are locked ones."""
+        self.original = b""
+        """What the emulator read of an operand that it updates."""
+        self.fragments = 0
+        """Parts of the read at hand that lie in MMIO, as far as it came: together they are one exit."""
         super().__init__(bus, cpuid, translate=False)
 
     # --- translation ---------------------------------------------------------------------------------
@@ -56,19 +64,18 @@ class HostAccess(Processor):
         return access | _USER if self.cpl == 3 else access
 
     def reach(self, address: int, access: int, system: bool = False) -> int:
-        """The guest-physical address behind a linear one.  Raises Fault, Refault, EmulateInstruction."""
+        """The guest-physical address behind a linear one.
+
+        Raises Fault; natively also Refault, LeaveGuest and EmulateInstruction.
+        """
         mmu = self.mmu
         kind = self._kind(access, system)
         try:
             if self.emulating:
                 return mmu.emulator_translate(address, kind)
-            taken = mmu.counters.pf_taken
-            gpa = mmu.translate(address, kind)
+            return mmu.translate(address, kind)
         except GuestPageFault as fault:
             raise Fault(Vector.PF, fault.error, address=fault.address) from None
-        if mmu.counters.pf_taken != taken:
-            raise Refault
-        return gpa
 
     # --- reading -------------------------------------------------------------------------------------
 
@@ -81,7 +88,8 @@ class HostAccess(Processor):
                 self.reach(last & -_PAGE, _WRITE)
             return int.from_bytes(self.load_linear(address, size), "little")
         try:
-            return int.from_bytes(self.load_linear(address, size), "little")
+            self.original = self.load_linear(address, size)
+            return int.from_bytes(self.original, "little")
         except Fault as fault:
             if fault.vector == Vector.PF:
                 # The emulator reads, but tells the guest of a write (x86_emulate_insn).
@@ -95,13 +103,16 @@ class HostAccess(Processor):
     def load_linear(self, address: int, size: int, *, system: bool = False) -> bytes:
         if self.dr7 & 0xFF:
             self._hit_breakpoints(address, size, write=False)
+        self.fragments = 0
         if (address & _OFFSET) + size <= _PAGE:
             return self._read(self.reach(address, _READ, system), size)
-        pieces = []
+        pieces: list[bytes | tuple[int, int]] = []
         while size:
             part = min(size, _PAGE - (address & _OFFSET))
             gpa = self.reach(address, _READ, system)
-            pieces.append(self._read(gpa, part) if self.emulating else (gpa, part))
+            # The emulator reads memory as it goes, and asks for the rest once all is translated.
+            at_once = self.emulating and self.bus.ram(gpa >> 12) is not None
+            pieces.append(self._read(gpa, part) if at_once else (gpa, part))
             address = self._wrap(address + part)
             size -= part
         return b"".join(each if isinstance(each, bytes) else self._read(*each) for each in pieces)
@@ -123,28 +134,46 @@ class HostAccess(Processor):
         if self.dr7 & 0xFF:
             self._hit_breakpoints(address, len(data), write=True)
         whole = len(data)
+        fragments: list[MmioWrite] = []
         while data:
             part = data[: _PAGE - (address & _OFFSET)]
             gpa = self.reach(address, _WRITE, system)
             if self.emulating and not self.gathering:
-                self._write_now(gpa, part, locked=self.locking and len(part) == whole, system=system)
+                locked = self.locking and len(part) == whole
+                fragments += self._write_now(gpa, part, locked=locked, system=system)
             else:
                 self._queue.append((gpa, part))
             data = data[len(part) :]
             address = self._wrap(address + len(part))
+        self.exits += fragments
 
-    def _write_now(self, gpa: int, data: bytes, *, locked: bool = False, system: bool = False) -> None:
+    def _write_now(
+        self, gpa: int, data: bytes, *, locked: bool = False, system: bool = False
+    ) -> list[MmioWrite]:
+        """Store within a page; the exits that it takes where there is no memory."""
         locked = locked and len(data) in _LOCKED_BYTES
+        if locked and not self._unchanged(gpa, len(data)):
+            raise Raced
         tracked = not (system or self.untracked)
-        if not self.mmu.emulator_write(gpa, data, locked=locked, tracked=tracked):
-            self.exits += [
-                MmioWrite(gpa + at, data[at : at + _MMIO_BYTES]) for at in range(0, len(data), _MMIO_BYTES)
-            ]
+        if self.mmu.emulator_write(gpa, data, locked=locked, tracked=tracked):
+            return []
+        return [MmioWrite(gpa + at, data[at : at + _MMIO_BYTES]) for at in range(0, len(data), _MMIO_BYTES)]
+
+    def _unchanged(self, gpa: int, size: int) -> bool:
+        """Whether memory is what the emulator read before; if not, the page is marked nevertheless (12.4)."""
+        page = self.bus.ram(gpa >> 12)
+        if page is None or page[gpa & _OFFSET : (gpa & _OFFSET) + size] == self.original:
+            return True
+        mmu = self.mmu.mmu
+        slot = mmu.memslots.visible(gpa >> 12)
+        if slot is not None:
+            mmu.mark_page_dirty(slot, gpa >> 12)
+        return False
 
     def commit(self) -> None:
         if self.emulating:
             for gpa, data in _merged(self._queue):
-                self._write_now(gpa, data)
+                self.exits += self._write_now(gpa, data)
         else:
             ram = self.bus.ram
             for gpa, data in self._queue:
@@ -157,6 +186,7 @@ class HostAccess(Processor):
             self._asked = 0
 
     def _ask(self, exit: MmioRead) -> bytes:
+        self.fragments += 1
         return self.ask(exit, exit.size)
 
     # --- caches that this processor does not have --------------------------------------------------------

@@ -13,6 +13,8 @@ from pykvm.model.cpu.descriptors import null_segment
 from pykvm.model.cpu.faults import Fault, TripleFault
 from pykvm.model.cpu.instruction import RSP, SS, SegmentRegister
 from pykvm.model.cpu.stacks import push_all, stack_error
+from pykvm.model.paging import Access
+from pykvm.x86.bits import Cr0, PageFault
 from pykvm.x86.exceptions import Vector
 
 if TYPE_CHECKING:
@@ -27,6 +29,25 @@ _HOST_DATA: Final = frozenset({0, 4, 5, 6, 15})
 _NOT_EMULATED: Final = b"\x0f\x0b"
 """UD2 goes to the guest at once; after any other #UD the emulator tries."""
 _DIRECT: Final = frozenset({"swapgs"})
+
+
+HOST_AREA: Final = 0x1FFFF00
+"""Upper bits, from 39 on, of addresses that user code cannot have: entry 256 of the PML4 is the host's."""
+
+
+def host_area_fault(address: int, access: int) -> Fault:
+    """What user code gets there, whatever its tables say; KVM does not see it as a fault of its own."""
+    error = PageFault.US
+    if access & Access.WRITE:
+        error |= PageFault.WR
+    if access & Access.FETCH:
+        error |= PageFault.ID
+    return Fault(Vector.PF, int(error), address=address)
+
+
+def cannot_run(cpu: HostProcessor) -> bool:
+    """Whether the vCPU is in a paging mode that the host refuses: all but that of long mode."""
+    return bool(cpu.cr0 & Cr0.PG) and not cpu.long_mode
 
 
 def is_trapped(cpu: HostProcessor, insn: Instruction) -> bool:

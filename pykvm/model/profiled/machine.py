@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import numpy.typing as npt
 
-from pykvm.errors import RingOverflowError, SlotAbsentError, UsageError
+from pykvm.errors import KvmError, RingOverflowError, SlotAbsentError, UsageError
 from pykvm.machine.protocols import RingEntries, RingHarvest, Slot, SlotFlags, SlotFrames, Vcpu
 from pykvm.machine.statistics import Statistics
 from pykvm.machine.tracking import MAX_TRACK_COUNT
+from pykvm.memory import PAGE_SIZE
 from pykvm.model.machine import ModelMachine
 from pykvm.model.mmu.dirty_ring import ENTRY_BYTES
+from pykvm.model.mmu.shadow_mmu import MIN_PAGES
 from pykvm.model.mmu.vm import Mmu
 from pykvm.model.profiled.vcpu import ProfiledVcpu
 from pykvm.model.statistics import machine_statistics
@@ -23,6 +25,7 @@ from pykvm.model.statistics import machine_statistics
 if TYPE_CHECKING:
     from pykvm.machine.dirty import Gfns
     from pykvm.machine.tracking import TrackNode
+    from pykvm.memory import GuestMemory
     from pykvm.model.mmu.memslots import Memslot
     from pykvm.model.mmu.profile import Profile
     from pykvm.model.slots import ModelSlot
@@ -62,6 +65,35 @@ class ProfiledMachine(ModelMachine):
     def slot_created(self, slot: ModelSlot) -> None:
         self._keep_entries()
         self._set_region(slot, slot.gpa, slot.size, slot.flags)
+        slot.memory.notify_discards(self._pages_dropped)
+
+    def _pages_dropped(self, memory: GuestMemory, offset: int, length: int) -> None:
+        """An MMU notifier: the host took pages of a memory away."""
+        with self.schedule.visit():
+            flush = False
+            for slot in self._slots.values():
+                first = max(offset - slot.memory_offset, 0) // PAGE_SIZE
+                last = min(offset + length - slot.memory_offset, slot.size) // PAGE_SIZE - 1
+                memslot = self._memslot(slot)
+                if slot.memory is memory and first <= last and memslot is not None:
+                    base = memslot.base_gfn
+                    for tables in self.mmu.tables:
+                        flush |= tables.zap_range(memslot, base + first, base + last)
+            if flush:
+                self.mmu.flush_remote_tlbs()
+
+    def set_nr_mmu_pages(self, pages: int) -> None:
+        """KVM_SET_NR_MMU_PAGES: at most so many shadow pages, from 64 on.
+
+        Raises UsageError for no unsigned 32-bit number, KvmError (EINVAL) below 64.
+        """
+        if not 0 <= pages < 1 << 32:
+            raise UsageError(f"{pages} shadow pages: use an unsigned 32-bit number.")
+        if pages < MIN_PAGES:
+            raise KvmError(errno.EINVAL, "KVM_SET_NR_MMU_PAGES", "KVM wants at least 64 shadow pages.")
+        with self.schedule.visit():
+            self.mmu.shadow.change_limit(pages)
+            self.mmu.shadow.requested = True
 
     def slot_changed(self, slot: ModelSlot, gpa: int, flags: SlotFlags) -> None:
         self._keep_entries()

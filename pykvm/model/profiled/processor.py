@@ -24,7 +24,7 @@ from pykvm.model.mmu.emulated_opcodes import (
 )
 from pykvm.model.mmu.vcpu import ControlChange
 from pykvm.model.profiled import kvm_pvm
-from pykvm.model.profiled.access import HostAccess, Refault
+from pykvm.model.profiled.access import HostAccess, Raced
 from pykvm.x86.bits import Rflags
 from pykvm.x86.exceptions import Vector
 
@@ -103,6 +103,10 @@ class HostProcessor(HostAccess):
         elif self.batch > 0 and native == self._was_native and self.mmu.rooted:
             return True
         self._was_native = native
+        if self._profile.emulates_all_but_user and kvm_pvm.cannot_run(self):
+            self.shut_down = True
+            self.exits.append(Shutdown())
+            return True
         try:
             if not self.mmu.enter():
                 return False
@@ -154,7 +158,7 @@ class HostProcessor(HostAccess):
             self._stuck = 0
             if insn.name in _NATIVE_EXITS:
                 self.left = True
-        except (Refault, outcomes.LeaveGuest):
+        except (outcomes.Refault, outcomes.LeaveGuest):
             self.rollback_native()
             self.left = True
             self._stuck += 1
@@ -186,9 +190,13 @@ class HostProcessor(HostAccess):
         return self._fetched_bytes[: len(code)] == code
 
     def _deliver(self, fault: Fault) -> None:
-        """Enter the handler of a fault of the instruction at RIP."""
+        """Enter the handler of a fault of the instruction at RIP: with the next entry, after its requests."""
         self.left = True
         self.replies.clear()
+        try:
+            self.mmu.enter()
+        except outcomes.TripleFault:
+            raise TripleFault from None
         interrupts.deliver_fault(self, fault)
 
     # --- fetching ------------------------------------------------------------------------------------
@@ -225,6 +233,8 @@ class HostProcessor(HostAccess):
                     return
             self.emulated = None
             self._carry_out(insn)
+        except Raced:
+            self.undo_emulated()
         except Fault as fault:
             self.undo_emulated()
             self.emulating = False
@@ -307,7 +317,7 @@ class HostProcessor(HostAccess):
             self.execute(insn)
         except NeedInput as question:
             self.emulated = insn
-            self.mmio_exits += isinstance(question.exit, MmioRead)
+            self.mmio_exits += isinstance(question.exit, MmioRead) and self.fragments == 1
             raise
         finally:
             self.untracked = self.gathering = self.locking = False
@@ -340,7 +350,7 @@ class HostProcessor(HostAccess):
         for _ in range(_MOST_REFAULTS):
             try:
                 super().enter_handler(event)
-            except Refault:
+            except outcomes.Refault:
                 self.rollback()
                 self.begin()
                 self.mmu.enter()
@@ -359,6 +369,11 @@ class HostProcessor(HostAccess):
     def set_cpuid(self, leaves: Sequence[CpuidEntry]) -> None:
         super().set_cpuid(leaves)
         self.mmu.control = self.paging_control()  # no register has changed
+
+    def reach(self, address: int, access: int, system: bool = False) -> int:
+        if address >> 39 == kvm_pvm.HOST_AREA and self._profile.emulates_all_but_user and not self.emulating:
+            raise kvm_pvm.host_area_fault(address, access)
+        return super().reach(address, access, system)
 
     def live_control(self) -> None:
         mmu = self.mmu
