@@ -56,7 +56,7 @@ class Gpu:
         found = {(gfn, level)}
         if level > 1:
             for _, entry in entries(table):
-                found |= self.reachable((entry & ~0xFFF) // PAGE_SIZE, level - 1)
+                found |= self.reachable(entry >> 12 & (1 << 40) - 1, level - 1)  # bits 51:12
         return found
 
     def check(self) -> None:
