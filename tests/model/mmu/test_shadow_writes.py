@@ -35,7 +35,7 @@ def guest(flags: int = PAGE, **options: object) -> tuple[ShadowGuest, VcpuMmu]:
 
 
 def fresh() -> tuple[ShadowGuest, VcpuMmu]:
-    """14.3: 4-level tables at 10h to 13h, A and D clear everywhere, but set for the table pages' own entries."""
+    """14.3: 4-level tables at 10h to 13h, A and D clear but for the tables' own pages."""
     made = ShadowGuest()
     made.map_long(ROOT, (PDPT, PD, PT), 0, 256, CLEAN)
     for table, below in ((ROOT, PDPT), (PDPT, PD), (PD, PT)):
