@@ -9,10 +9,14 @@ from typing import Any, Final
 
 from pykvm.errors import PykvmError
 from pykvm.machine import SlotFlags, System
-from pykvm.probe.evidence import Evidence
+from pykvm.memory import PAGE_SIZE, GuestMemory
+from pykvm.probe.evidence import Evidence, vmalloc_areas
 from pykvm.probe.finding import Finding, How
 from pykvm.probe.guest import ProbeError, ProbeGuest
 from pykvm.profiles import Paging
+
+_ODD_PAGES: Final = 0x4_A123
+"""Of a slot whose counts, 2 bytes a page, are an area of a size that nobody else has."""
 
 Answer = tuple[Any, How, str]
 """Value, how it was found, evidence."""
@@ -97,6 +101,18 @@ def from_switch(bench: Bench, *names: str) -> Answer:
     if found is None:
         raise ProbeError(f"no module has the parameter {' or '.join(names)}")
     return found[1], How.PARAMETER, f"{found[0]}={'Y' if found[1] else 'N'}"
+
+
+def counts_of_a_new_slot(bench: Bench) -> bool:
+    """Whether a slot of a VM without a guest has write-track counts.  Raises ProbeError if that is hidden."""
+    size = -(-2 * _ODD_PAGES // PAGE_SIZE) * PAGE_SIZE + PAGE_SIZE
+    with bench.system.create_machine() as vm, GuestMemory(_ODD_PAGES * PAGE_SIZE) as memory:
+        before = vmalloc_areas("kvm_page_track")
+        vm.create_slot(memory, 0)
+        after = vmalloc_areas("kvm_page_track")
+    if before is None or after is None:
+        raise ProbeError("the kernel's allocations (/proc/vmallocinfo) are root's to read")
+    return after.get(size, 0) > before.get(size, 0)
 
 
 LOG: Final = SlotFlags.LOG_DIRTY_PAGES

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-_REGISTER: Final = "kvm_page_track_register_notifier"
+_OWN_ADD: Final = "__kvm_write_track_add_gfn"
+_EXTERNAL_ADD: Final = "kvm_write_track_add_gfn"
+"""Since Linux 6.6 the second one is there only where KVM is built for external users; before, one function
+served both."""
 _TRUE: Final = ("Y", "1")
 _FALSE: Final = ("N", "0", "never")
 
@@ -43,8 +46,10 @@ class Evidence:
 
     @property
     def external_write_tracking(self) -> bool | None:
-        """Whether KVM has the functions for external users of write tracking; None if nothing says."""
-        return None if self.symbols is None else _REGISTER in self.symbols
+        """Whether KVM is built for external users of write tracking; None if nothing says."""
+        if self.symbols is None or _OWN_ADD not in self.symbols:
+            return None
+        return _EXTERNAL_ADD in self.symbols
 
     @property
     def vendor(self) -> str:
@@ -83,7 +88,7 @@ def _symbols(path: Path) -> frozenset[str] | None:
     """Which of the symbols that matter the kernel has; names are there even where addresses are hidden."""
     try:
         with path.open() as lines:
-            names = {line.split()[2] for line in lines if "kvm_page_track" in line}
+            names = {line.split()[2] for line in lines if "write_track" in line}
     except (OSError, IndexError):
         return None
     return frozenset(names) if names else None
@@ -105,7 +110,7 @@ def read_evidence(root: Path = Path("/")) -> Evidence:
     )
 
 
-def vmalloc_bytes(caller: str, path: Path = Path("/proc/vmallocinfo")) -> dict[int, int] | None:
+def vmalloc_areas(caller: str, path: Path = Path("/proc/vmallocinfo")) -> dict[int, int] | None:
     """The areas of the kernel that functions with ``caller`` in their name allocated: size to how many.
 
     Sizes include the guard page.  None where root keeps that to itself.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from math import log2
 from typing import Final
 
 from pykvm.errors import RingSizeError
 from pykvm.machine import InternalError, MmioRead, MmioWrite, Shutdown, SlotFlags
 from pykvm.memory import PAGE_SIZE
-from pykvm.probe.bench import LOG, Answer, Bench, Needs, Probe, from_switch
+from pykvm.probe.bench import LOG, Answer, Bench, Needs, Probe, counts_of_a_new_slot, from_switch
 from pykvm.probe.finding import How
 from pykvm.probe.guest import DATA, HOLE, LOAD, PD, PDPT, PML4, PT, TSS, WINDOW_PT, Moved, ProbeError
 from pykvm.profiles import Paging
@@ -57,8 +58,9 @@ def _emulation_batch(bench: Bench) -> Answer:
             with Moved(guest) as moved:
                 guest.do(_COUNT_DOWN, cpl=0, rcx=instructions // 2)
             exits.append(moved["exits"])
-    # An interrupt of the host may end a batch early, so the count of exits is an upper bound.
-    batch = 1 << round(instructions / min(exits)).bit_length() - 1
+    # One exit is the port's.  An interrupt of the host may end a batch early and so add one: the nearest
+    # power of two is what is meant.
+    batch = 1 << round(log2(instructions / max(1, min(exits) - 1)))
     return batch, How.PROBE, f"{instructions} instructions in {min(exits)} exits"
 
 
@@ -215,9 +217,12 @@ def _shadow_pages_statistic(bench: Bench) -> Answer:
 
 def _external_write_tracking(bench: Bench) -> Answer:
     has = bench.evidence.external_write_tracking
-    if has is None:
-        raise ProbeError("the kernel does not list its symbols")
-    return has, How.BUILD, f"KVM has {'' if has else 'no '}functions for external users of write tracking"
+    if has is not None:
+        return has, How.BUILD, f"KVM has {'' if has else 'no '}functions for external users of write tracking"
+    if bench.value("paging") is Paging.SHADOW:
+        raise ProbeError("nothing says how KVM was built, and with shadow paging it makes no difference")
+    has = counts_of_a_new_slot(bench)
+    return has, How.BUILD, f"a slot has {'' if has else 'no '}write-track counts from the start"
 
 
 def _nx_huge_pages(bench: Bench) -> Answer:

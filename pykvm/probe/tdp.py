@@ -10,9 +10,8 @@ from types import TracebackType
 from typing import Final, Self
 
 from pykvm.kvm import KvmVm
-from pykvm.memory import PAGE_SIZE, GuestMemory
-from pykvm.probe.bench import LOG, Answer, Bench, Needs, Probe
-from pykvm.probe.evidence import vmalloc_bytes
+from pykvm.memory import PAGE_SIZE
+from pykvm.probe.bench import LOG, Answer, Bench, Needs, Probe, counts_of_a_new_slot
 from pykvm.probe.finding import How
 from pykvm.probe.guest import DATA, Moved, ProbeError, ProbeGuest
 from pykvm.profiles import WriteTrackAllocation
@@ -28,8 +27,6 @@ _LARGE_GFN: Final = 0x4_0000
 _LARGE_SLOT: Final = 9
 _STEPS: Final = b"\x48\x89\x07\x48\x81\xc7\x00\x10\x00\x00" * 3
 """mov [rdi], rax; add rdi, 4096: three times"""
-_ODD_PAGES: Final = 0x4_A123
-"""Of a slot whose 2 bytes a page are an area of a size that nobody else has."""
 
 
 def _pml_newest_first(bench: Bench) -> Answer:
@@ -166,16 +163,9 @@ def _tdp_splits_in_place(bench: Bench) -> Answer:
 
 
 def _write_track_allocation(bench: Bench) -> Answer:
-    size = -(-2 * _ODD_PAGES // PAGE_SIZE) * PAGE_SIZE + PAGE_SIZE
-    with bench.system.create_machine() as vm, GuestMemory(_ODD_PAGES * PAGE_SIZE) as memory:
-        before = vmalloc_bytes("kvm_page_track")
-        vm.create_slot(memory, 0)
-        after = vmalloc_bytes("kvm_page_track")
-    if before is None or after is None:
-        raise ProbeError("the kernel's allocations (/proc/vmallocinfo) are root's to read")
-    if after.get(size, 0) > before.get(size, 0):
-        return WriteTrackAllocation.ALWAYS, How.BUILD, f"a slot has an area of {size} bytes for the counts"
-    raise ProbeError("a slot has no counts at first; who makes them be allocated does not show")
+    if not counts_of_a_new_slot(bench):
+        raise ProbeError("a slot has no counts at first; who makes them be allocated does not show")
+    return WriteTrackAllocation.ALWAYS, How.BUILD, "a slot has write-track counts from the start"
 
 
 TDP_PROBES: Final = (
