@@ -15,7 +15,8 @@ import hashlib
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -32,6 +33,8 @@ PAGE_SIZE = 4096
 _ZERO_PAGE = bytes(PAGE_SIZE)
 _MAP_NORESERVE = 0x4000  # <asm-generic/mman-common.h>; the mmap module has it from 3.13 on
 _HUGE = {"2M": 21, "1G": 30}
+Discarded = Callable[["GuestMemory", int, int], None]
+"""Told of pages that the host dropped: memory, offset and length in bytes."""
 
 
 class _Backing:
@@ -87,6 +90,7 @@ class GuestMemory:
         self._backing: _Backing | None = _Backing(fd, mapping)
         self._pins = 0
         self._closed = False
+        self._told: list[weakref.WeakMethod[Discarded]] = []
         self._lock = threading.Lock()
 
     # --- lifetime --------------------------------------------------------------------------------
@@ -190,6 +194,16 @@ class GuestMemory:
         result = lib.pykvm_punch_hole(backing.fd, offset, length) if length else 0
         if result < 0:
             raise HostError(f"Cannot discard guest memory: {os.strerror(-result)}.")
+        for each in list(self._told):
+            method = each()
+            if method is not None:
+                method(self, offset, length)
+
+    def notify_discards(self, method: Discarded) -> None:
+        """Have a method called after ``discard`` with the memory, offset and length, as long as its object
+        lives: what the kernel's MMU notifiers are to KVM."""
+        self._told = [each for each in self._told if each() not in (None, method)]
+        self._told.append(weakref.WeakMethod(method))
 
     def extents(self, offset: int = 0, length: int | None = None) -> Iterator[tuple[int, int]]:
         """The ranges (offset, length) within the given one that hold allocated pages, ascending.

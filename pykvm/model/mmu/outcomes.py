@@ -51,5 +51,10 @@ class TripleFault(Exception):
 
 
 @dataclass(slots=True)
+class Refault(Exception):
+    """KVM took a fault and fixed it: the guest starts the instruction again."""
+
+
+@dataclass(slots=True)
 class LeaveGuest(Exception):
     """KVM_RUN returns before the instruction was executed: the dirty ring is full."""

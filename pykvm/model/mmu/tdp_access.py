@@ -19,25 +19,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from pykvm.model.mmu.direct_fault import FETCH, GUEST_FINAL, GUEST_PAGE, PRESENT, RSVD, USER, WRITE
-from pykvm.model.mmu.guest_walk import read_entry
-from pykvm.model.mmu.outcomes import GuestPageFault, RetPf
+from pykvm.model.mmu.guest_walk import forbids, read_entry
+from pykvm.model.mmu.outcomes import GuestPageFault, Refault, RetPf
 from pykvm.model.mmu.page_fault import page_fault
 from pykvm.model.mmu.pml import PmlBuffer
 from pykvm.model.mmu.profile import Paging
 from pykvm.model.mmu.spte import NX, A, D, P, W
 from pykvm.model.mmu.tdp_fault import direct_page_fault, mmio_spte_is_current
 from pykvm.model.paging import Control, walk
-from pykvm.model.paging_format import PAE, Access, format_of
-from pykvm.x86.bits import Cr0, Pte
+from pykvm.model.paging_format import ADDRESS, PAE, Access, format_of, page_address
+from pykvm.x86.bits import Cr0, Cr4, Pte
 
 if TYPE_CHECKING:
     from pykvm.model.mmu.memslots import Memslot
     from pykvm.model.mmu.vcpu import VcpuMmu
 
-_ACCESSES: Final = 16
+_ACCESSES: Final = 8
+"""Combinations of write, fetch and user."""
 _KIND_WRITE, _KIND_FETCH = int(Access.WRITE), int(Access.FETCH)
-_GUEST_A: Final = int(Pte.A)
+_GUEST_P, _GUEST_RW, _GUEST_US, _GUEST_A, _GUEST_D, _GUEST_XD = (
+    int(bit) for bit in (Pte.P, Pte.RW, Pte.US, Pte.A, Pte.D, Pte.NX)
+)
 _PG: Final = int(Cr0.PG)
+_KEYS: Final = int(Cr4.PKE | Cr4.PKS)
 
 
 class _Violation(Exception):
@@ -63,16 +67,21 @@ class TdpAccess:
         self._write_needs = P | W | A | D if self._walks_write else P | W
         self.pml = PmlBuffer(vcpu) if profile.pml else None
         self._tlb: tuple[dict[int, int], ...] = tuple({} for _ in range(_ACCESSES))
-        """By access, from linear to guest-physical page address."""
+        """By access, from linear page number to guest-physical page address."""
+        self._filled = False
+        self._lookup = mmu.memslots.lookup
+        self._control = vcpu.control
+        self._format = format_of(vcpu.control)
+        """The guest's paging mode, of ``_control``."""
         self.root = self._tdp.root(vcpu.load_as_id)
-        self._above: tuple[Memslot, int, int, int, int] | None = None
 
     # --- the TLB -------------------------------------------------------------------------------------
 
     def translate(self, linear: int, access: int) -> int:
         """The guest-physical address for an access within a page, faults that KVM fixes being taken.
 
-        Raises GuestPageFault (delivered by the processor: KVM counts nothing) and EmulateInstruction.
+        Raises GuestPageFault (delivered by the processor: KVM counts nothing), EmulateInstruction, and
+        LeaveGuest where userspace must act before the guest goes on.
         """
         page = self._tlb[access].get(linear >> 12)
         if page is not None:
@@ -85,16 +94,18 @@ class TdpAccess:
                 page_fault(self._vcpu, violation.gpa, violation.error)
                 self._vcpu.reenter()
                 continue
-            page = gpa & -4096
-            self._tlb[access][linear >> 12] = page
+            self._filled = True
+            self._tlb[access][linear >> 12] = gpa & -4096
             if access & _KIND_WRITE:
-                self._tlb[access & ~_KIND_WRITE][linear >> 12] = page
+                self._tlb[access & ~_KIND_WRITE][linear >> 12] = gpa & -4096
             return gpa
 
     def flush(self) -> None:
         """Drop every translation, and take the valid root if the present one was zapped."""
-        for translations in self._tlb:
-            translations.clear()
+        if self._filled:
+            self._filled = False
+            for translations in self._tlb:
+                translations.clear()
         if self.root.invalid:
             self.root = self._tdp.root(self._vcpu.load_as_id)
 
@@ -120,18 +131,7 @@ class TdpAccess:
     def _access(self, linear: int, access: int) -> int:
         """One attempt: the guest's tables, then the page.  Raises _Violation and GuestPageFault."""
         control = self._vcpu.control
-        if not control.cr0 & _PG:
-            gpa = linear & 0xFFFFFFFF
-        else:
-            if self._npt and format_of(control).name is PAE:
-                control = self._load_pdpte(control, linear)
-            self._above = None
-            found = walk(self._read, control, linear, Access(access))
-            if found.error is not None:
-                raise GuestPageFault(found.error, linear, injected=False)
-            for update in found.updates:
-                self._update(update.gpa, update.size, update.new)
-            gpa = found.gpa
+        gpa = self._walk(control, linear, access) if control.cr0 & _PG else linear & 0xFFFFFFFF
         gfn = gpa >> 12
         spte = self.root.small.get(gfn) or self.root.leaf(gfn)[0]
         if access & _KIND_WRITE:
@@ -144,52 +144,117 @@ class TdpAccess:
             self._look(gpa, spte, GUEST_FINAL)
         return gpa
 
-    def _read(self, gpa: int, size: int) -> int | None:
-        """The walk reads an entry of a guest table.
+    def _walk(self, control: Control, linear: int, access: int) -> int:
+        """The guest's tables, each looked up in the second stage; what they say of the address.
 
-        With NPT, that it goes on proves the entry above to be good: its A flag is set now.
+        This is ``pykvm.model.paging.walk``, which also has the words for a denial, interleaved with the
+        second stage.
         """
-        gfn = gpa >> 12
-        if self._above is not None:
-            self._set_accessed(*self._above)
-        spte = self.root.small.get(gfn) or self.root.leaf(gfn)[0]
-        if self._walks_write:
-            if spte & self._write_needs != self._write_needs:
-                self._write(gpa, spte, GUEST_PAGE)
-        elif spte & self._read_needs != self._read_needs:
-            self._look(gpa, spte, GUEST_PAGE)
-        slot = self._vcpu.mmu.memslots.lookup(gfn, self._vcpu.load_as_id)
-        if slot is None:
-            return None
-        index = (gpa & 0xFFF) // size
-        value = (
-            slot.words[(gfn - slot.base_gfn << 9) + index] if size == 8 else read_entry(slot, gfn, index, 4)
-        )
-        if self._npt:
-            self._above = None if value & _GUEST_A else (slot, gfn, index, size, value)
-        return value
+        if control is not self._control:
+            self._control = control
+            self._format = format_of(control)
+        form = self._format
+        small = self.root.small
+        needs = self._write_needs if self._walks_write else self._read_needs
+        table = control.cr3 & form.root
+        if form.name is PAE:
+            table = self._pdpte(control, linear)
+            if not table & _GUEST_P:
+                raise self._denied(control, linear, access)
+            table &= ADDRESS
+        size = form.entry
+        rights = _GUEST_RW | _GUEST_US
+        disabled = entry = 0
+        late: list[tuple[Memslot, int, int, int]] = []
+        for level in form.levels:
+            _, shift, mask, page, reserved, page_reserved, offset = level
+            gfn = table >> 12
+            index = linear >> shift & mask
+            spte = small.get(gfn) or self.root.leaf(gfn)[0]
+            if spte & needs != needs:
+                self._reach_table(table + index * size, spte)
+            slot = self._lookup(gfn, self._vcpu.load_as_id)
+            assert slot is not None, "the second stage maps slots only"
+            if size == 8:
+                entry = slot.words[(gfn - slot.base_gfn << 9) + index]
+            else:
+                entry = read_entry(slot, gfn, index, 4)
+            if not entry & _GUEST_P:
+                raise self._denied(control, linear, access)
+            rights &= entry
+            disabled |= entry
+            if entry & page:
+                if entry & page_reserved:
+                    raise self._denied(control, linear, access)
+                break
+            if entry & reserved:
+                raise self._denied(control, linear, access)
+            if not entry & _GUEST_A:
+                if self._npt:
+                    _write_entry(slot, gfn, index, size, entry | _GUEST_A)
+                else:
+                    late.append((slot, gfn, index, entry | _GUEST_A))
+            table = entry & ADDRESS
+        acc = rights | (not disabled & _GUEST_XD)
+        if (control.cr4 & _KEYS or forbids(control, access, acc)) and (
+            denied := self._judge(control, linear, access)
+        ):
+            raise denied
+        wanted = entry | (_GUEST_A | _GUEST_D if access & _KIND_WRITE else _GUEST_A)
+        if wanted != entry:
+            late.append((slot, gfn, index, wanted))
+        for each in late:
+            self._update(*each, size)
+        if size == 4:
+            return page_address(form, level, entry) | linear & offset
+        return entry & ADDRESS & ~offset | linear & offset
 
-    def _set_accessed(self, slot: Memslot, gfn: int, index: int, size: int, value: int) -> None:
-        _write_entry(slot, gfn, index, size, value | _GUEST_A)
-
-    def _update(self, gpa: int, size: int, entry: int) -> None:
-        """The processor sets flags in an entry of a guest table."""
-        gfn = gpa >> 12
+    def _update(self, slot: Memslot, gfn: int, index: int, entry: int, size: int) -> None:
+        """The processor sets flags in an entry of a guest table: a write, where the walk was none yet."""
         if not self._walks_write:
             spte = self.root.leaf(gfn)[0]
             if spte & self._write_needs != self._write_needs:
-                self._write(gpa, spte, GUEST_PAGE)
-        slot = self._vcpu.mmu.memslots.lookup(gfn, self._vcpu.load_as_id)
-        assert slot is not None, "the second stage maps it"
-        _write_entry(slot, gfn, (gpa & 0xFFF) // size, size, entry)
+                self._write((gfn << 12) + index * size, spte, GUEST_PAGE)
+        _write_entry(slot, gfn, index, size, entry)
 
-    def _load_pdpte(self, control: Control, linear: int) -> Control:
+    def _reach_table(self, gpa: int, spte: int) -> None:
+        """The second stage does not simply allow the walk to look at an entry."""
+        if self._walks_write:
+            self._write(gpa, spte, GUEST_PAGE)
+        else:
+            self._look(gpa, spte, GUEST_PAGE)
+
+    def _pdpte(self, control: Control, linear: int) -> int:
+        """The PDPTE of an address: with NPT from memory, else from its register."""
         number = linear >> 30 & 3
-        self._above = None
-        entry = self._read((control.cr3 & 0xFFFFFFE0) + 8 * number, 8) or 0
-        pdptrs = list(control.pdptrs)
-        pdptrs[number] = entry
-        return control._replace(pdptrs=(pdptrs[0], pdptrs[1], pdptrs[2], pdptrs[3]))
+        if not self._npt:
+            return control.pdptrs[number]
+        gpa = (control.cr3 & 0xFFFFFFE0) + 8 * number
+        gfn = gpa >> 12
+        spte = self.root.leaf(gfn)[0]
+        if spte & self._write_needs != self._write_needs:
+            self._write(gpa, spte, GUEST_PAGE)
+        slot = self._lookup(gfn, self._vcpu.load_as_id)
+        return 0 if slot is None else read_entry(slot, gfn, (gpa & 0xFFF) >> 3, 8)
+
+    def _judge(self, control: Control, linear: int, access: int) -> GuestPageFault | None:
+        """The architecture's word on an access whose tables were all reached."""
+
+        def read(gpa: int, size: int) -> int | None:
+            gfn = gpa >> 12
+            slot = self._lookup(gfn, self._vcpu.load_as_id)
+            return None if slot is None else read_entry(slot, gfn, (gpa & 0xFFF) // size, size)
+
+        if self._npt and self._format.name is PAE:
+            pdptrs = tuple(read((control.cr3 & 0xFFFFFFE0) + 8 * number, 8) or 0 for number in range(4))
+            control = control._replace(pdptrs=(pdptrs[0], pdptrs[1], pdptrs[2], pdptrs[3]))
+        found = walk(read, control, linear, Access(access))
+        return None if found.error is None else GuestPageFault(found.error, linear, injected=False)
+
+    def _denied(self, control: Control, linear: int, access: int) -> GuestPageFault:
+        fault = self._judge(control, linear, access)
+        assert fault is not None, "both walks follow the same rules"
+        return fault
 
     # --- the second stage's rare cases ---------------------------------------------------------------
 
