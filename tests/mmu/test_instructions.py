@@ -86,11 +86,10 @@ def execute(rig: Rig, name: str, code: str) -> None:
     if name in NEEDS_XSAVE:
         if not rig.host.profile.emulates_all_but_user and name.startswith("v"):
             pytest.skip("AVX needs XCR0 here, which the rig does not set.")
-        if not rig.host.profile.emulates_all_but_user:
-            try:
-                rig.enter(rig.vcpu, cr4=0x40620)
-            except PykvmError:
-                pytest.skip("The guest has no XSAVE.")
+        try:
+            rig.enter(rig.vcpu, cr4=0x40620)  # OSXSAVE
+        except PykvmError:
+            pytest.skip("The guest has no XSAVE.")
     assert rig.run(bytes.fromhex(code), rdi=VA, rsi=OTHER << 12).fault is None
 
 

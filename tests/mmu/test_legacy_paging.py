@@ -31,7 +31,6 @@ class Legacy(Rig):
             super()._fill(upper, leaf, code, entries)
             self.put(PDPT, 0, PD << 12 | 1)
             return
-        self.memory.view()[::4096] = 0
         leaves = np.arange(PAGES_64M, dtype=np.uint32) << np.uint32(12) | np.uint32(leaf)
         leaves[CODE] = CODE << 12 | code
         self.memory.write(PT << 12, leaves.tobytes())

@@ -38,7 +38,7 @@ class Unpaged(Rig):
     protected = False
 
     def _fill(self, upper: int, leaf: int, code: int, entries: Mapping[tuple[int, int], int]) -> None:
-        self.memory.view()[::4096] = 0
+        """No tables."""
 
     def enter(self, vcpu: Vcpu, **changes: int) -> None:
         special: SpecialRegisters = vcpu.get_special_registers()

@@ -60,10 +60,12 @@ class ShadowSptes:
         if host_writable:
             new |= _HOST
             if access & roles.ACC_WRITE:
-                # An old SPTE that was writable had its page's shadow pages made unsync already.
-                if old & _W or self.mmu.unsync.try_to_unsync(
-                    slot, gfn, synchronizing=synchronizing, prefetch=prefetch
-                ):
+                # An old SPTE that was writable had its page's shadow pages made unsync already.  Up to 6.12
+                # make_spte left out D on that way, too, so that a read fault of a page that is mapped
+                # writable clears D, which is a change and asks for a flush.
+                if old & _W:
+                    new |= _WRITABLE if self._ad_flush else _WRITABLE | _D
+                elif self.mmu.unsync.try_to_unsync(slot, gfn, synchronizing=synchronizing, prefetch=prefetch):
                     new |= _WRITABLE | _D
                 else:
                     protected = True
