@@ -17,7 +17,7 @@ from pykvm.guest.ppgtt import PRESENT, TOP, WRITABLE, Mapping, Ppgtt, entries, w
 from pykvm.machine import System
 from pykvm.memory import PAGE_SIZE, GuestMemory
 
-from .writing import PAGES, Writing, word
+from .writing import PAGES, Writing, tracking_system, word
 
 P, PW = PRESENT, PRESENT | WRITABLE
 ROOT = 0x210
@@ -69,8 +69,8 @@ class Gpu:
 
 
 @pytest.fixture(params=[3, 0], ids=["cpl3", "cpl0"])
-def gpu(system: System, request: pytest.FixtureRequest) -> Iterator[Gpu]:
-    made = Gpu(system, request.param)
+def gpu(tracking_system: System, request: pytest.FixtureRequest) -> Iterator[Gpu]:
+    made = Gpu(tracking_system, request.param)
     with made.guest:
         yield made
 
@@ -238,3 +238,6 @@ def test_random_edits_leave_the_shadow_in_step(gpu: Gpu, number: int) -> None:
         gpu.check()
         most = max(most, len(gpu.ppgtt.mappings()))
     assert most
+
+
+__all__ = ["tracking_system"]

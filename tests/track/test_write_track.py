@@ -12,13 +12,24 @@ from typing import NamedTuple
 
 import pytest
 
-from pykvm.backends import open_system
 from pykvm.errors import SlotAbsentError, UsageError
 from pykvm.machine import MAX_TRACK_COUNT, PageTracking, System
 from pykvm.memory import PAGE_SIZE, GuestMemory
+from pykvm.track.carved import CarvedMachine
 from pykvm.track.write_track import WriteTracker
 
-from .writing import DATA, PAGES, Recorder, Removal, Write, Writing, word
+from .writing import (
+    BACKENDS,
+    DATA,
+    PAGES,
+    Recorder,
+    Removal,
+    Write,
+    Writing,
+    open_backend,
+    tracking_system,
+    word,
+)
 
 BEFORE, FIRST, SECOND, AFTER = range(0x20F, 0x213)
 """Untracked, tracked, tracked, untracked."""
@@ -31,8 +42,8 @@ OLD = 0xA1B2C3D4E5F60718
 
 
 @pytest.fixture(params=[3, 0], ids=["cpl3", "cpl0"])
-def guest(system: System, request: pytest.FixtureRequest) -> Iterator[Writing]:
-    with Writing(system.create_machine(), cpl=request.param) as made:
+def guest(tracking_system: System, request: pytest.FixtureRequest) -> Iterator[Writing]:
+    with Writing(tracking_system.create_machine(), cpl=request.param) as made:
         made.tracker.add_gfn(FIRST)
         made.tracker.add_gfn(SECOND)
         yield made
@@ -201,7 +212,7 @@ def test_counts_are_references(guest: Writing) -> None:
 
 def test_a_page_without_a_slot_is_refused(guest: Writing) -> None:
     for method in (guest.tracker.add_gfn, guest.tracker.remove_gfn):
-        with pytest.raises(SlotAbsentError, match=r"lies in no slot"):
+        with pytest.raises(SlotAbsentError, match="no (mem)?slot"):
             method(PAGES)
     assert guest.tracker.gfns == {FIRST, SECOND}
 
@@ -261,7 +272,9 @@ def test_what_a_node_raises_comes_out_of_run_after_all_were_told(guest: Writing)
     assert guest.writes() == [Write(T, word(V))]
     guest.tracker.unregister(node)
     guest.finish(vcpu)
-    assert guest.writes() == []
+    # The model's page track stands within the instruction, which is then made anew.
+    again = [] if isinstance(guest.machine, CarvedMachine) else [Write(T, word(V))]
+    assert guest.writes() == again
     assert guest.memory.read(T, 8) == word(V)
 
 
@@ -371,13 +384,13 @@ def random_program(choose: random.Random) -> list[tuple[bytes, dict[str, int]]]:
 @pytest.mark.kvm
 @pytest.mark.parametrize("number", range(12))
 def test_random_programs_are_reported_alike_everywhere(number: int) -> None:
-    """Real KVM at CPL 3 and CPL 0 and the model: one sequence of notifications, one memory."""
+    """Real KVM and both models at CPL 3 and CPL 0: one sequence of notifications, one memory."""
     seed = random.randrange(1 << 32)
     print(f"seed {seed}: random_program(random.Random({seed}))")
     program = random_program(random.Random(seed))
     results = {}
-    for backend in ("kvm", "model"):
-        with open_system(backend) as opened:
+    for backend in BACKENDS:
+        with open_backend(backend) as opened:
             for cpl in (3, 0):
                 with Writing(opened.create_machine(), cpl=cpl) as guest:
                     guest.memory.write(T - PAGE_SIZE, random.Random(seed).randbytes(4 * PAGE_SIZE))
@@ -390,3 +403,6 @@ def test_random_programs_are_reported_alike_everywhere(number: int) -> None:
     expected = results["kvm", 3]
     assert expected[0] or all(r["rdi"] + 64 < T or r["rdi"] >= END for _, r in program)
     assert all(result == expected for result in results.values())
+
+
+__all__ = ["tracking_system"]

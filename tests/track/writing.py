@@ -6,13 +6,19 @@ have A and D set, so no walk changes a table unless a test clears the bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import pytest
+
+from pykvm.backends import open_system
 from pykvm.guest.boot import Arena, BootMode, SystemTables, boot_state
 from pykvm.guest.pagetables import USER, PageTables, PagingMode
-from pykvm.machine import Exit, IoOut, Kicked, Machine, Slot, SlotFlags, Vcpu
+from pykvm.machine import Exit, IoOut, Kicked, Machine, Slot, SlotFlags, System, Vcpu
 from pykvm.memory import PAGE_SIZE, GuestMemory
+from pykvm.model.system import ModelSystem
+from pykvm.profiles.known import DEVELOPMENT_HOST, profile
 from pykvm.track.write_track import WriteTracker
 
 CODE, STACKS, ARENA = 0x1000, 0x8000, 0x10000
@@ -137,6 +143,28 @@ class Writing:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+BACKENDS = ("kvm", "model", "page-track")
+"""Real KVM and the model, both with read-only slots, and the model of a KVM host, which tracks pages."""
+
+
+@contextmanager
+def open_backend(name: str) -> Iterator[System]:
+    """One of BACKENDS."""
+    if name == "page-track":
+        with ModelSystem(profile=profile(*DEVELOPMENT_HOST)) as system:
+            yield system
+    else:
+        with open_system(name) as system:
+            yield system
+
+
+@pytest.fixture(params=[pytest.param("kvm", marks=pytest.mark.kvm), *BACKENDS[1:]])
+def tracking_system(request: pytest.FixtureRequest) -> Iterator[System]:
+    """Each of BACKENDS."""
+    with open_backend(request.param) as system:
+        yield system
 
 
 def word(value: int, size: int = 8) -> bytes:
