@@ -106,7 +106,7 @@ class Profile:
     only an error hva did, so that KVM's internal slots could hold tables (13.3)."""
     dummy_root: bool = True
     """CR3 without a slot: guest accesses fault (commit 0e3223d8d00a, Linux 6.6) [>=6.12]; else a triple fault
-    at entry [6.1] (10.2)."""
+    at entry [6.1] (10.2), as on kvm_pvm (hosts.md C.3)."""
     flushes_first_root: bool = True
     """tlb_flush counts at the first root load [>=6.12]; one less [6.1] (hosts.md B.11, 7)."""
 

@@ -79,6 +79,7 @@ def check_keys(heading: str, document: dict[str, Any]) -> None:
 COMMANDS = {
     "pykvm guests list": ["guests", "list"],
     "pykvm guests show": ["guests", "show", "hotspot"],
+    "pykvm overhead": ["overhead", "--profile", "amd-npt@7.2", "--vcpus", "2"],
     "pykvm interleave": ["interleave", "--case", "tracking"],
 }
 

@@ -17,8 +17,10 @@ from pykvm.model.mmu.memslots import LOG_DIRTY_PAGES, MAX_PAGES, PAGE
 from pykvm.model.mmu.vm import Mmu
 from pykvm.profiles import Profile, WriteTrackAllocation
 
-ARRAYS: Final = ("rmap", "lpage_info", "gfn_write_track", "dirty_bitmap", "dirty_ring")
-"""What is allocated: four arrays of each slot, and the rings of the vCPUs."""
+ARRAYS: Final = ("rmap", "lpage_info", "gfn_write_track", "dirty_bitmap", "dirty_ring", "vmalloc")
+"""What is allocated: four arrays of each slot, the rings of the vCPUs, and what the kernel's vmalloc keeps of
+all of them: a pointer to each of their pages."""
+_POINTER: Final = 8
 _HOST: Final = 1 << 40
 _GIB: Final = 1 << 30
 
@@ -92,6 +94,7 @@ class _Vm:
             for name, size in arrays.items():
                 total[name] += size
         total["dirty_ring"] = self._vcpus * self.mmu.ring_entries * ENTRY_BYTES
+        total["vmalloc"] = _POINTER * sum(-(-size // PAGE) for size in total.values())
         return total
 
 
