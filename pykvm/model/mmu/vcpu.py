@@ -262,9 +262,11 @@ class VcpuMmu:
             error = self._look_up(linear, access)
             if error is None:
                 return self._tlb[access & _KIND][linear >> 12] | linear & 0xFFF
-            page_fault(self, linear, error)
-            if self._copying:
-                self._learn(linear)
+            try:
+                page_fault(self, linear, error)
+            finally:
+                if self._copying:
+                    self._learn(linear)
             self.reenter()
             if self.restarts:
                 raise Refault
