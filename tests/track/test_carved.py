@@ -41,7 +41,7 @@ from tests.backends import on_kvm
 from tests.patience import patient
 from tests.rings import LEAST_RING
 
-from .writing import DATA, DONE, PAGES, Recorder, Removal, Write, Writing, word
+from .writing import DATA, DONE, PAGES, Recorder, Removal, Write, Writing, tracking_system, word
 
 LOG = SlotFlags.LOG_DIRTY_PAGES
 STORE = bytes.fromhex("488907")
@@ -401,13 +401,15 @@ def wait_for(condition: object) -> None:
 
 
 @pytest.mark.parametrize("cpl", [3, 0])
-def test_pages_come_and_go_under_running_vcpus_and_no_write_is_lost(system: System, cpl: int) -> None:
+def test_pages_come_and_go_under_running_vcpus_and_no_write_is_lost(
+    tracking_system: System, cpl: int
+) -> None:
     """Two vCPUs count up in a word each, for ever.
 
     While its page is tracked, a vCPU's notifications must be consecutive numbers from the first to the last,
     and the word in memory never differs from the counter beside it by more than the one in flight.
     """
-    with carved(system, cpl=cpl, vcpus=2) as guest:
+    with Writing(tracking_system.create_machine(), cpl=cpl, vcpus=2) as guest:
         at = [0x210 * PAGE_SIZE + 8, 0x211 * PAGE_SIZE + 16]
         counters = [0x220 * PAGE_SIZE, 0x230 * PAGE_SIZE]
         for number in range(2):
@@ -443,9 +445,11 @@ def test_pages_come_and_go_under_running_vcpus_and_no_write_is_lost(system: Syst
             assert guest.vcpus[number].get_registers().rax in (written, written + 1)
 
 
-def test_two_writers_of_one_page_are_reported_in_the_order_that_memory_had(system: System) -> None:
+def test_two_writers_of_one_page_are_reported_in_the_order_that_memory_had(
+    tracking_system: System,
+) -> None:
     """Notifications are serialised with the writes: the last one of each word is what memory holds."""
-    with carved(system, vcpus=2) as guest:
+    with Writing(tracking_system.create_machine(), vcpus=2) as guest:
         guest.tracker.add_gfn(0x210)
         at = 0x210 * PAGE_SIZE
         guest.load(COUNT_UP, 0, rdi=at, rsi=0x220 * PAGE_SIZE, rax=0)
@@ -577,3 +581,6 @@ def test_sgdt_into_a_tracked_page_never_ends(system: System) -> None:
         assert exit == Kicked()
         assert vcpu.get_registers().rip == 0x1000
         assert guest.writes() == []
+
+
+__all__ = ["tracking_system"]
