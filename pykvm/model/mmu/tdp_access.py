@@ -80,8 +80,9 @@ class TdpAccess:
     def translate(self, linear: int, access: int) -> int:
         """The guest-physical address for an access within a page, faults that KVM fixes being taken.
 
-        Raises GuestPageFault (delivered by the processor: KVM counts nothing), EmulateInstruction, and
-        LeaveGuest where userspace must act before the guest goes on.
+        Raises GuestPageFault (delivered by the processor: KVM counts nothing), EmulateInstruction,
+        LeaveGuest where userspace must act before the guest goes on, and Refault after any other fault if
+        the vCPU ``restarts``.
         """
         page = self._tlb[access].get(linear >> 12)
         if page is not None:
@@ -93,6 +94,8 @@ class TdpAccess:
                 self.exit()
                 page_fault(self._vcpu, violation.gpa, violation.error)
                 self._vcpu.reenter()
+                if self._vcpu.restarts:
+                    raise Refault from None
                 continue
             self._filled = True
             self._tlb[access][linear >> 12] = gpa & -4096
@@ -166,6 +169,7 @@ class TdpAccess:
         rights = _GUEST_RW | _GUEST_US
         disabled = entry = 0
         late: list[tuple[Memslot, int, int, int]] = []
+        slot: Memslot | None = None
         for level in form.levels:
             _, shift, mask, page, reserved, page_reserved, offset = level
             gfn = table >> 12
@@ -202,6 +206,7 @@ class TdpAccess:
             raise denied
         wanted = entry | (_GUEST_A | _GUEST_D if access & _KIND_WRITE else _GUEST_A)
         if wanted != entry:
+            assert slot is not None
             late.append((slot, gfn, index, wanted))
         for each in late:
             self._update(*each, size)
