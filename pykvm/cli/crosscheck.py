@@ -373,6 +373,7 @@ def _one_kind(
             "level": level.value,
             "cases": compared.cases,
             "partial": compared.partial,
+            "unrepeatable": compared.unrepeatable,
             "cases_per_second": compared.cases / compared.seconds if compared.seconds else 0.0,
             "steps": compared.steps,
             "ring_entries": compared.entries,
@@ -430,7 +431,8 @@ def _show_others(session: Session, summary: dict[str, Any]) -> None:
         mmu = summary["mmu"]
         session.out.print(
             f"scenarios at {mmu['level']}: {plural(mmu['cases'], 'case')}, "
-            f"{mmu['cases_per_second']:.0f} a second, {mmu['partial']} in part; compared: "
+            f"{mmu['cases_per_second']:.0f} a second, {mmu['partial']} in part, "
+            f"{mmu['unrepeatable']} differed once only; compared: "
             f"{plural(mmu['steps'], 'step')}, {plural(mmu['pages'], 'reported page')}, "
             f"{count_text(mmu['ring_entries'])} ring entries, {count_text(mmu['counters'])} counters"
         )

@@ -10,12 +10,14 @@ from pykvm.crosscheck import steps as plan
 from pykvm.crosscheck.snippets import SNIPPETS
 from pykvm.crosscheck.story import Event
 from pykvm.errors import PykvmError, UsageError
+from pykvm.kvm import KvmSystem
 from pykvm.machine import Machine, System
 from pykvm.model.cpu.features import Features
 from pykvm.model.mmu.journal import Journal
 from pykvm.model.mmu.vm import Mmu
 from pykvm.model.paging import Access, Control, walk
 from pykvm.model.system import ModelSystem
+from pykvm.probe import detect, read_evidence
 from pykvm.profiles import DEVELOPMENT_HOST, profile
 from pykvm.x86.bits import Cr0, Efer
 
@@ -86,7 +88,12 @@ def open_model(kvm: System | None, kind: str | None = None, era: str | None = No
     """
     if kind is None and era is not None:
         raise UsageError("An era is of a kind of host: give --profile, too.")
-    known = profile(*DEVELOPMENT_HOST) if kind is None else profile(kind, era or "6.12")
+    if kind is not None:
+        known = profile(kind, era or "6.12")
+    elif isinstance(kvm, KvmSystem):
+        known = detect(kvm, read_evidence(), kvm.check_extension).profile
+    else:
+        known = profile(*DEVELOPMENT_HOST)
     model = ModelSystem(profile=known)
     model.description = f"{known.name}, era {known.era}"
     return model

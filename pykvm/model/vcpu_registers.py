@@ -94,7 +94,7 @@ class VcpuRegisters(VcpuPart):
         with self.use("KVM_GET_SREGS2") as cpu:
             value = cpu.get_special_registers()
             for name in SEGMENTS:
-                setattr(value, name, replace(getattr(value, name)))  # the processor's are never changed
+                setattr(value, name, getattr(value, name).copy())  # the processor's are never changed
             return value
 
     def set_special_registers(self, registers: SpecialRegisters) -> None:
@@ -135,7 +135,7 @@ class VcpuRegisters(VcpuPart):
     def _set_special(cpu: Processor, value: SpecialRegisters, operation: str) -> None:
         if not _consistent(cpu, value):
             raise KvmError(errno.EINVAL, operation, _SREGS_REFUSED)
-        copy = replace(value, **{name: replace(getattr(value, name)) for name in SEGMENTS})
+        copy = replace(value, **{name: getattr(value, name).copy() for name in SEGMENTS})
         copy.gdt = DescriptorTable(value.gdt.base, value.gdt.limit)
         copy.idt = DescriptorTable(value.idt.base, value.idt.limit)
         cpu.set_special_registers(copy)

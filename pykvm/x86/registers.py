@@ -63,6 +63,13 @@ class Segment:
     avl: int = 0
     unusable: int = 0
 
+    def copy(self) -> Segment:
+        """Another one like it: every look at a vCPU's registers makes eight."""
+        return Segment(
+            self.base, self.limit, self.selector, self.type, self.present, self.dpl, self.db, self.s,
+            self.l, self.g, self.avl, self.unusable,
+        )  # fmt: skip
+
 
 @dataclass(slots=True)
 class DescriptorTable:
