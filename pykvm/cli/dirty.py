@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from pykvm.backends import open_system
+from pykvm.cli.host_profile import open_machines, profile_option
 from pykvm.cli.options import guest_config, guest_options, tracker_of, tracker_options
 from pykvm.cli.parameters import duration_type
 from pykvm.cli.session import Session, common_options
@@ -20,6 +20,7 @@ from pykvm.errors import GuestCorruptionError
 from pykvm.guest.workloads import WorkloadGuest
 from pykvm.machine import DirtyPages, Gfns, Machine
 from pykvm.memory import PAGE_SIZE
+from pykvm.profiles import Profile
 from pykvm.report.heat import bin_pages, bin_sizes
 from pykvm.report.terminal import heat_text
 from pykvm.report.text import bytes_text, count_text, plural, rate_text, seconds_text
@@ -147,8 +148,11 @@ def _document(guest: WorkloadGuest, tracker: Tracker, watch: Watch) -> dict[str,
 )
 @guest_options
 @tracker_options
+@profile_option
 @common_options
-def command(session: Session, workload: str, seconds: float, interval: float, **options: Any) -> None:
+def command(
+    session: Session, workload: str, seconds: float, interval: float, host: Profile | None, **options: Any
+) -> None:
     """Run WORKLOAD and show, collection by collection, how much it writes and where.
 
     Each line is one collection: time, distinct dirty pages, dirty rate, and guest memory from left to right.
@@ -156,7 +160,7 @@ def command(session: Session, workload: str, seconds: float, interval: float, **
     """
     config = guest_config(workload, options)
     tracker = tracker_of(options)
-    with open_system(session.backend) as system:
+    with open_machines(session, host) as system:
         session.tell_choice(system)
         with WorkloadGuest.create(system, config, prepare=tracker.prepare) as guest:
             guest.runner.on_ring_full = tracker.on_ring_full

@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import click
 from rich.table import Table
 
 from pykvm.backends import open_system
+from pykvm.cli.host_profile import named_profile
 from pykvm.cli.parameters import number_type, size_type
 from pykvm.cli.session import Session, common_options
-from pykvm.errors import UsageError
 from pykvm.kvm import KvmSystem
 from pykvm.memory import PAGE_SIZE
 from pykvm.model.mmu.overhead import ARRAYS, Overhead, overhead
 from pykvm.probe import detect, read_evidence
 from pykvm.profiles import DEVELOPMENT_HOST, Profile, WriteTrackAllocation, profile
 from pykvm.report.text import bytes_text, count_text
-
-
-def _named_profile() -> Callable[[str], Profile]:
-    """``KIND`` or ``KIND@ERA``."""
-
-    def kind_era(text: str) -> Profile:
-        kind, at, era = text.partition("@")
-        try:
-            return profile(kind, era) if at else profile(kind)
-        except UsageError as error:
-            raise click.BadParameter(str(error)) from None
-
-    return kind_era
 
 
 def _host(session: Session) -> Profile:
@@ -81,7 +67,7 @@ def _json(result: Overhead) -> dict[str, Any]:
 @click.option(
     "--profile",
     "host",
-    type=_named_profile(),
+    type=named_profile(),
     help="The host, such as amd-npt or intel-ept@7.2; by default this one (pvm-shadow@6.18 for the model).",
 )
 @click.option(

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from pykvm.backends import open_system
+from pykvm.cli.host_profile import open_machines, profile_option
 from pykvm.cli.parameters import duration_type, number_type, size_type
 from pykvm.cli.session import Session, common_options
 from pykvm.errors import CapabilityError, GuestTimeoutError, UsageError
@@ -31,6 +31,7 @@ from pykvm.guest.protocol import DEBUG_TEXT_PORT
 from pykvm.kvm import KvmVm
 from pykvm.machine import DirtyPages, Exit, Machine, Vcpu
 from pykvm.memory import PAGE_SIZE
+from pykvm.profiles import Profile
 from pykvm.report.text import bytes_text, plural, seconds_text
 from pykvm.track import HOST_TRACKERS, TRACKERS, Tracker, make_tracker
 
@@ -213,6 +214,7 @@ def _dirty_document(tracker: Tracker | None, pages: DirtyPages) -> dict[str, Any
 @click.option(
     "--timeout", type=duration_type(minimum=0.001), help="Give up after this long, with status 124."
 )
+@profile_option
 @common_options
 def command(
     session: Session,
@@ -233,6 +235,7 @@ def command(
     irqchip: bool,
     trace_exits: bool,
     timeout: float | None,
+    host: Profile | None,
 ) -> None:
     """Run the guest in the file IMAGE; its serial line and port 0xe9 go to the terminal.
 
@@ -259,7 +262,7 @@ def command(
 
     board = Board(session, serial, post_port, memory, trace=trace_exits)
     session.document |= {"image": str(image), "format": parsed.format, "mode": parsed.mode.value}
-    with open_system(session.backend) as system:
+    with open_machines(session, host) as system:
         session.tell_choice(system)
         with launch(
             system,

@@ -24,7 +24,7 @@ ROOMS: dict[str, set[str]] = {
     "track": {"errors", "abi", "memory", "machine"},
     "migrate": {"errors", "abi", "memory", "machine", "guest", "track"},
     "report": {"machine"},
-    "backends": {"errors", "machine", "kvm", "model"},
+    "backends": {"errors", "machine", "kvm", "model", "profiles"},
     "observe": {"errors", "x86", "abi"},
     "lab": {"errors"},
     "crosscheck": {"errors", "x86", "memory", "machine", "guest", "track", "observe"},
