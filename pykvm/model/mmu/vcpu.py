@@ -12,11 +12,11 @@ A processor runs guest code in one of two ways, and asks accordingly:
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from pykvm.errors import PykvmError
 from pykvm.model.mmu import spte
+from pykvm.model.mmu.control_change import ControlChange, apply_change
 from pykvm.model.mmu.counters import VcpuCounters
 from pykvm.model.mmu.dirty_ring import DirtyRing
 from pykvm.model.mmu.guest_walk import walk
@@ -24,6 +24,7 @@ from pykvm.model.mmu.memslots import READONLY
 from pykvm.model.mmu.outcomes import EmulateInstruction, GuestPageFault, LeaveGuest, Refault
 from pykvm.model.mmu.page_fault import page_fault, unprotect_and_retry
 from pykvm.model.mmu.profile import Paging
+from pykvm.model.mmu.requests import Requests
 from pykvm.model.mmu.roles import RootRole, root_role
 from pykvm.model.mmu.roots import Roots
 from pykvm.model.mmu.shadow_page import ShadowPage
@@ -43,21 +44,9 @@ _PF_P, _PF_W, _PF_U, _PF_F, _PF_RSVD = (
     int(bit) for bit in (PageFault.P, PageFault.WR, PageFault.US, PageFault.ID, PageFault.RSVD)
 )
 _SMEP, _SMAP = int(Cr4.SMEP), int(Cr4.SMAP)
-_ROLE_CR0: Final = int(Cr0.PG | Cr0.WP)
-_ROLE_CR4: Final = int(Cr4.PSE | Cr4.PAE | Cr4.LA57 | Cr4.SMEP | Cr4.SMAP | Cr4.PKE)
-_PGE, _PCIDE = int(Cr4.PGE), int(Cr4.PCIDE)
-_NOFLUSH: Final = 1 << 63
 _TLB_PAGES: Final = 1536
 _ENDLESS: Final = 1000
 """Faults in a row at one address after which the model takes the guest for stuck."""
-
-
-class ControlChange(Enum):
-    """Who changed control registers: the paths differ in what they flush and when they synchronise."""
-
-    HOST = "KVM_SET_SREGS"
-    MOV_CR3 = "MOV to CR3"
-    OTHER = "MOV to CR0 or CR4, WRMSR of EFER"
 
 
 class StuckGuestError(PykvmError):
@@ -90,13 +79,9 @@ class VcpuMmu:
         """Where the profile copies roots: which of their entries this vCPU has."""
         self._mmio: tuple[int, int] | None = None
         """Page of the last MMIO access, and its gfn."""
-        self._ring_full = False
-        self._flush = mmu.profile.paging is Paging.EPT
-        """KVM_REQ_TLB_FLUSH: from the start where loading a vCPU on another CPU asks for one (VMX)."""
-        self._flush_current = False
-        self._flush_guest = mmu.profile.flushes_first_root
-        self._sync = False
-        self._free_obsolete = False
+        self.requests = Requests()
+        self.requests.flush = mmu.profile.paging is Paging.EPT  # VMX asks when a vCPU comes to a processor
+        self.requests.flush_guest = mmu.profile.flushes_first_root
 
     @property
     def direct(self) -> bool:
@@ -108,66 +93,7 @@ class VcpuMmu:
     def set_control(self, control: Control, change: ControlChange) -> None:
         """The control registers are these now (kvm-mmu.md 13.5)."""
         old, self.control = self.control, control
-        if self.tdp is not None:
-            self.root = root_role(control, self.mmu.profile)
-            self.tdp.flush()
-            self._flush_guest |= self._flushes_nested(old, change)
-            return
-        if change is ControlChange.HOST:
-            if (old.cr0, old.cr3, old.cr4, old.efer) != (control.cr0, control.cr3, control.cr4, control.efer):
-                self._reset_context()
-                self._flush_guest |= self.mmu.profile.flushes_first_root
-        elif change is ControlChange.MOV_CR3:
-            self._mov_cr3(old)
-        else:
-            self._mode_changed(old)
-
-    def _flushes_nested(self, old: Control, change: ControlChange) -> bool:
-        """Whether KVM has a vCPU with nested paging flush: the guest's own MOV to CR3 is no exit."""
-        new = self.control
-        if change is ControlChange.HOST:
-            same = (old.cr0, old.cr3, old.cr4, old.efer) == (new.cr0, new.cr3, new.cr4, new.efer)
-            return not same and self.mmu.profile.flushes_first_root
-        if change is ControlChange.MOV_CR3:
-            return False
-        cr4 = old.cr4 ^ new.cr4
-        return bool(cr4 & _PGE or (cr4 & _PCIDE and not new.cr4 & _PCIDE) or old.cr0 & ~new.cr0 & Cr0.PG)
-
-    def _reset_context(self) -> None:
-        """``kvm_mmu_reset_context``."""
-        self.roots.free_all()
-        self.root = root_role(self.control, self.mmu.profile)
-        self.flush_tlb()
-
-    def _mov_cr3(self, old: Control) -> None:
-        pgd = self.control.cr3 & ~_NOFLUSH
-        if self.root.levels == 3 and self.control.pdptrs != old.pdptrs:
-            self.roots.free_all()
-        elif pgd != old.cr3 & ~_NOFLUSH or self.root.levels == 3:
-            self.roots.switch(pgd)
-        self.forget_mmio()
-        self.flush_tlb()
-        if not (self.control.cr4 & _PCIDE and self.control.cr3 & _NOFLUSH):
-            self._sync = True
-            self._flush_current = True
-
-    def _mode_changed(self, old: Control) -> None:
-        new = self.control
-        cr0, cr4 = old.cr0 ^ new.cr0, old.cr4 ^ new.cr4
-        if cr0 & Cr0.PG and not new.cr0 & Cr0.PG:
-            self._flush_guest = True
-        if cr0 & _ROLE_CR0 or cr4 & _ROLE_CR4 or old.efer != new.efer:
-            if not (cr0 == Cr0.WP and not cr4 and not new.cr0 & Cr0.PG):
-                self._reset_context()
-        elif new.pdptrs != old.pdptrs and self.root.levels == 3:
-            self.roots.free_all()
-        if cr4 & _PCIDE and new.cr4 & _PCIDE:
-            self.roots.free_all()
-        if cr4 & _PGE or (cr4 & _PCIDE and not new.cr4 & _PCIDE):
-            self._flush_guest = True
-        elif cr4 & Cr4.PAE or (cr4 & _SMEP and new.cr4 & _SMEP):
-            self._flush_current = True
-        self.flush_tlb()
+        apply_change(self, old, change)
 
     # --- entering the guest --------------------------------------------------------------------------
 
@@ -185,7 +111,7 @@ class VcpuMmu:
     @property
     def requested(self) -> bool:
         """Whether a request waits for the next entry (``kvm_request_pending``)."""
-        return self._flush or self._flush_current or self._flush_guest or self._sync or self._free_obsolete
+        return self.requests.pending
 
     @property
     def rooted(self) -> bool:
@@ -197,24 +123,24 @@ class VcpuMmu:
         if self.ring is not None and self._full():
             return False
         counters = self.counters
-        if self._free_obsolete:
-            self._free_obsolete = False
+        if self.requests.free_obsolete:
+            self.requests.free_obsolete = False
             self.roots.free_obsolete()
-        if self._sync:
-            self._sync = False
+        if self.requests.sync:
+            self.requests.sync = False
             if self.tdp is None:
                 self.roots.sync()
-        if self._flush:
-            self._flush = self._flush_current = False
+        if self.requests.flush:
+            self.requests.flush = self.requests.flush_current = False
             counters.tlb_flush += 1
             self.flush_tlb()
             self._copies.clear()
-        if self._flush_current:
-            self._flush_current = False
+        if self.requests.flush_current:
+            self.requests.flush_current = False
             counters.tlb_flush += 1
             self.flush_tlb()
-        if self._flush_guest:
-            self._flush_guest = False
+        if self.requests.flush_guest:
+            self.requests.flush_guest = False
             counters.tlb_flush += 1
             self.flush_tlb()
             if self.tdp is None:
@@ -233,9 +159,9 @@ class VcpuMmu:
         assert ring is not None
         if not self.mmu.profile.ring_full_by_request:
             return ring.soft_full
-        if self._ring_full:
-            self._ring_full = ring.soft_full  # the request renews itself while the ring is full
-        return self._ring_full
+        if self.requests.ring_full:
+            self.requests.ring_full = ring.soft_full  # the request renews itself while the ring is full
+        return self.requests.ring_full
 
     def reenter(self) -> None:
         """KVM handled an exit: back into the guest.  Raises LeaveGuest where userspace must see something."""
@@ -513,16 +439,16 @@ class VcpuMmu:
         assert ring is not None
         ring.push(ring_id, offset)
         if ring.soft_full:
-            self._ring_full = True
+            self.requests.ring_full = True
 
     def request_tlb_flush(self) -> None:
         """KVM_REQ_TLB_FLUSH: served at the next entry, before any guest code."""
-        self._flush = True
+        self.requests.flush = True
         self.flush_tlb()
 
     def request_free_obsolete_roots(self) -> None:
         """KVM_REQ_MMU_FREE_OBSOLETE_ROOTS."""
-        self._free_obsolete = True
+        self.requests.free_obsolete = True
         self.flush_tlb()
 
     def flush_tlb(self) -> None:
@@ -536,3 +462,6 @@ class VcpuMmu:
         """An exit reads the PML buffer (11.3)."""
         if self.tdp is not None and self.tdp.pml is not None:
             self.tdp.pml.flush()
+
+
+__all__ = ["ControlChange", "StuckGuestError", "VcpuMmu"]
