@@ -138,7 +138,7 @@ def test_a_table_reached_with_other_rights_is_another_page() -> None:
 
 
 def test_a_table_reached_twice_with_the_same_rights_is_shared() -> None:
-    made, vcpu = guest()
+    made, vcpu = guest(era="7.2")
     made.entry(ROOT, 1, PDPT << 12 | TABLE)
     made.load(vcpu, 0x50000)
     again = made.load(vcpu, 1 << 39 | 0x50000)
@@ -210,7 +210,7 @@ def test_an_unsync_child_goes_with_its_parent_unless_the_host_leaves_it() -> Non
 
 
 def test_an_orphan_is_found_again() -> None:
-    made, vcpu = guest()
+    made, vcpu = guest(era="7.2")
     made.load(vcpu, 0x50000)
     made.mmu.shadow.zap_entry(made.mmu.shadow.by_gfn[PD][0], 0)
     vcpu.request_tlb_flush()
