@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any, Final
 
 from pykvm.errors import PykvmError
+from pykvm.kvm import KvmVm
 from pykvm.machine import SlotFlags, System
 from pykvm.memory import PAGE_SIZE, GuestMemory
 from pykvm.probe.evidence import Evidence, vmalloc_areas
@@ -107,6 +108,8 @@ def counts_of_a_new_slot(bench: Bench) -> bool:
     """Whether a slot of a VM without a guest has write-track counts.  Raises ProbeError if that is hidden."""
     size = -(-2 * _ODD_PAGES // PAGE_SIZE) * PAGE_SIZE + PAGE_SIZE
     with bench.system.create_machine() as vm, GuestMemory(_ODD_PAGES * PAGE_SIZE) as memory:
+        if not isinstance(vm, KvmVm):
+            raise ProbeError("this machine is no real KVM")
         before = vmalloc_areas("kvm_page_track")
         vm.create_slot(memory, 0)
         after = vmalloc_areas("kvm_page_track")

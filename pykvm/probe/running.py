@@ -58,9 +58,11 @@ def _emulation_batch(bench: Bench) -> Answer:
             with Moved(guest) as moved:
                 guest.do(_COUNT_DOWN, cpl=0, rcx=instructions // 2)
             exits.append(moved["exits"])
+    if min(exits) < 2:
+        raise ProbeError("batches do not count as exits here")
     # One exit is the port's.  An interrupt of the host may end a batch early and so add one: the nearest
     # power of two is what is meant.
-    batch = 1 << round(log2(instructions / max(1, min(exits) - 1)))
+    batch = 1 << round(log2(instructions / (min(exits) - 1)))
     return batch, How.PROBE, f"{instructions} instructions in {min(exits)} exits"
 
 
