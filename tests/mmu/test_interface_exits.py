@@ -1,0 +1,7 @@
+"""The tests of tests/model/test_machine_exits.py on the MMU of known hosts (docs/reference/hosts.md D)."""
+
+from __future__ import annotations
+
+from tests.mmu.profiled import borrow_profiled
+
+borrow_profiled(globals(), "tests.model.test_machine_exits")
