@@ -54,6 +54,9 @@ class Profile:
     pages_1g: bool = True
     """The host's second-stage or shadow tables may have 1 GiB leaves: NPT always, EPT where the processor has
     them, shadow tables where the guest may have them (CPUID PDPE1GB; not on kvm_pvm, hosts.md B.8)."""
+    tdp_root_level: int = 4
+    """Levels of the second-stage tables: with NPT those of the host's own paging (5 with LA57), with EPT 5
+    where the processor has them and MAXPHYADDR exceeds 48.  Only the older MMU's counters tell."""
     address_spaces: int = 2
     """2 where KVM is built with CONFIG_KVM_SMM (section 2)."""
     mmio_caching: bool = True

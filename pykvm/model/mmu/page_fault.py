@@ -81,7 +81,7 @@ def page_fault(vcpu: VcpuMmu, address: int, error: int) -> None:
 def _handle(vcpu: VcpuMmu, fault: Fault, *, direct: bool) -> RetPf:
     if not direct:
         return shadow_page_fault(vcpu, fault)
-    if vcpu.tdp is not None:
+    if vcpu.tdp is not None and vcpu.mmu.tdp is not None:
         return vcpu.tdp.page_fault(fault.address, fault.error)
     return direct_page_fault(vcpu, fault)
 

@@ -70,7 +70,14 @@ _LMA = int(Efer.LMA)
 
 
 def root_role(control: Control, profile: Profile) -> RootRole:
-    """The role of the root with TDP off (10.1): the host's tables have three levels at least."""
+    """The role of the root (10.1).
+
+    With TDP off the host's tables have three levels at least; with TDP as many as the host wants, whatever
+    the guest's mode is.
+    """
+    if profile.tdp:
+        role = profile.tdp_root_level | DIRECT | ACC_ALL << ACCESS_SHIFT | EFER_NX | CR0_WP
+        return RootRole(0, role if profile.walks_write_tables else role | AD_DISABLED)
     if not control.cr0 & _PG:
         return RootRole(0, 3 | DIRECT | ACC_ALL << ACCESS_SHIFT | EFER_NX)
     long, short = (5 if control.cr4 & _LA57 else 4), (3 if control.cr4 & _PAE else 2)

@@ -49,7 +49,10 @@ class Roots:
         mmu.shadow.make_available()
         mmu.shadow.first_shadow_root() if role.levels else None
         pages: tuple[ShadowPage | None, ...]
-        if role.levels == 0:
+        if role.levels == 0 and role.role & roles.LEVEL >= 4:
+            pages = (self._page(0, role.role),)
+            pgd = 0
+        elif role.levels == 0:
             pages = tuple(
                 self._page(number << 18, role.role & ~roles.LEVEL | 2) for number in range(_PAE_ROOTS)
             )

@@ -26,6 +26,7 @@ from pykvm.model.mmu.pml import PmlBuffer
 from pykvm.model.mmu.profile import Paging
 from pykvm.model.mmu.spte import NX, A, D, P, W
 from pykvm.model.mmu.tdp_fault import direct_page_fault, mmio_spte_is_current
+from pykvm.model.mmu.tdp_stage import DirectPages, SecondStage
 from pykvm.model.paging import Control, walk
 from pykvm.model.paging_format import ADDRESS, PAE, Access, format_of, page_address
 from pykvm.x86.bits import Cr0, Cr4, Pte
@@ -53,13 +54,11 @@ class _Violation(Exception):
 
 
 class TdpAccess:
-    """The translations of one vCPU under NPT or EPT with the TDP MMU."""
+    """The translations of one vCPU under NPT or EPT."""
 
     def __init__(self, vcpu: VcpuMmu) -> None:
         self._vcpu = vcpu
         mmu = vcpu.mmu
-        assert mmu.tdp is not None
-        self._tdp = mmu.tdp
         profile = mmu.profile
         self._npt = profile.paging is Paging.NPT
         self._walks_write = profile.walks_write_tables
@@ -73,7 +72,7 @@ class TdpAccess:
         self._control = vcpu.control
         self._format = format_of(vcpu.control)
         """The guest's paging mode, of ``_control``."""
-        self.root = self._tdp.root(vcpu.load_as_id)
+        self.root: SecondStage = self._load()
 
     # --- the TLB -------------------------------------------------------------------------------------
 
@@ -103,6 +102,11 @@ class TdpAccess:
                 self._tlb[access & ~_KIND_WRITE][linear >> 12] = gpa & -4096
             return gpa
 
+    def _load(self) -> SecondStage:
+        """The tables that the processor walks: the TDP MMU's, or direct shadow pages."""
+        tdp = self._vcpu.mmu.tdp
+        return DirectPages(self._vcpu) if tdp is None else tdp.root(self._vcpu.load_as_id)
+
     def flush(self) -> None:
         """Drop every translation, and take the valid root if the present one was zapped."""
         if self._filled:
@@ -110,7 +114,7 @@ class TdpAccess:
             for translations in self._tlb:
                 translations.clear()
         if self.root.invalid:
-            self.root = self._tdp.root(self._vcpu.load_as_id)
+            self.root = self._load()
 
     def exit(self) -> None:
         """A VM exit: translations are lost, the PML buffer is read."""
@@ -272,22 +276,17 @@ class TdpAccess:
                 self.exit()
                 self._vcpu.reenter()
             self.pml.log(gpa >> 12)
-        self._set(gpa, A | D)
+        self.root.set_flags(gpa >> 12, A | D)
 
     def _look(self, gpa: int, spte: int, stage: int) -> None:
         """A read that an SPTE does not simply allow."""
         if not spte & P:
             self._violate(gpa, spte, stage)
-        self._set(gpa, A)
-
-    def _set(self, gpa: int, flags: int) -> None:
-        gfn = gpa >> 12
-        spte, level = self.root.leaf(gfn)
-        self.root.leaves[level][gfn >> 9 * (level - 1)] = spte | flags
+        self.root.set_flags(gpa >> 12, A)
 
     def _violate(self, gpa: int, spte: int, error: int) -> None:
         """The error code of ``kvm_mmu_page_fault`` (7.1).  NPT takes every access for a user's."""
-        mmio = not spte and gpa >> 12 in self.root.mmio
+        mmio = not spte and self.root.maps_mmio(gpa >> 12)
         if self._npt:
             error |= USER | (RSVD | PRESENT if mmio else PRESENT if spte & P else 0)
         elif mmio:

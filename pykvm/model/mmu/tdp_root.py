@@ -50,6 +50,15 @@ class TdpRoot:
             return spte, 3
         return 0, 0
 
+    def set_flags(self, gfn: int, flags: int) -> None:
+        """The processor sets A or D in the leaf that maps the gfn."""
+        spte, level = self.leaf(gfn)
+        self.leaves[level][gfn >> 9 * (level - 1)] = spte | flags
+
+    def maps_mmio(self, gfn: int) -> bool:
+        """Whether the gfn has an MMIO SPTE, current or not."""
+        return gfn in self.mmio
+
     def within(self, level: int, first: int, last: int) -> list[int]:
         """Keys of the leaves of ``level`` that map a gfn from first to last, ascending."""
         return _between(self.leaves[level], first >> 9 * (level - 1), last >> 9 * (level - 1))

@@ -66,7 +66,7 @@ class VcpuMmu:
         self.roots = Roots(self)
         self.load_as_id = 0
         """The address space that guest code sees: 1 in SMM."""
-        self.tdp = TdpAccess(self) if mmu.tdp is not None else None
+        self.tdp = TdpAccess(self) if mmu.profile.tdp else None
         self.restarts = False
         """Accesses that fault are not repeated by themselves: whoever asks starts its instruction again."""
         self.rip = 0
@@ -116,7 +116,7 @@ class VcpuMmu:
     @property
     def rooted(self) -> bool:
         """Whether a root is loaded; without one even a host that emulates in batches enters anew."""
-        return self.tdp is not None or self.roots.current is not None
+        return self.mmu.tdp is not None or self.roots.current is not None
 
     def _serve(self) -> bool:
         """One pass of ``vcpu_enter_guest`` over the requests; False where the dirty ring is full."""
@@ -146,12 +146,12 @@ class VcpuMmu:
             if self.tdp is None:
                 self.roots.sync()
                 self.roots.free_unsync_previous()
-        if self.tdp is not None:
-            self.tdp.flush()
-        elif self.roots.current is None:
+        if self.mmu.tdp is None and self.roots.current is None:
             self.roots.load()
             self.roots.sync()
             self.flush_tlb()
+        elif self.tdp is not None:
+            self.tdp.flush()
         return True
 
     def _full(self) -> bool:
@@ -412,7 +412,7 @@ class VcpuMmu:
         """``handle_mmio_page_fault``: a reserved-bit fault that means MMIO; False for a stale generation."""
         if self.is_mmio(address):
             return True
-        if self.tdp is not None:
+        if self.tdp is not None and self.mmu.tdp is not None:
             return self.tdp.handle_mmio(address)
         sp = self.top_page(address)
         while sp is not None:
