@@ -238,7 +238,9 @@ def _counter_name(name: str) -> str:
 def _compare_marks(first: Trace, second: Trace, number: int) -> Iterator[Difference]:
     """What the logs say, exactly: there are no excuses for a model of KVM's own MMU."""
     traces, one, other = (first, second), first.steps[number], second.steps[number]
-    for what, entries in (("pushed", (one.pushed, other.pushed)), ("harvested", (one.ring, other.ring))):
+    for what, both in (("pushed", (one.pushed, other.pushed)), ("harvested", (one.ring, other.ring))):
+        # Each vCPU's are in order; in which order the rings are emptied is the harvester's affair.
+        entries = tuple(sorted(both[0], key=_of_vcpu)), tuple(sorted(both[1], key=_of_vcpu))
         if entries[0] != entries[1]:
             values = _entries_apart(*entries)
             yield _difference(
@@ -252,6 +254,10 @@ def _compare_marks(first: Trace, second: Trace, number: int) -> Iterator[Differe
             values = words[here], words[1 - here]
             what = f"gfn {gfn:#x} of slot {slot}"
             yield _difference(Level.L1, traces, number, what, values, "kvm-mmu.md 5: what marks a page")
+
+
+def _of_vcpu(entry: tuple[int, int, int]) -> int:
+    return entry[0]
 
 
 def _entries_apart(

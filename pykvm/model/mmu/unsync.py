@@ -222,8 +222,8 @@ class Unsync:
             synchronizing=True,
             host_writable=bool(old & spte.HOST_WRITABLE),
         )
-        if old & spte.A and not mmu.profile.flushes_on_ad_clear:
-            new |= spte.A
+        if not mmu.profile.flushes_on_ad_clear:
+            new |= spte.A  # not for the sake of prefetching alone does A stay clear (section 8)
         sp.spt[index] = new
         return spte.needs_flush(old, new, ad_bits=mmu.profile.flushes_on_ad_clear)
 

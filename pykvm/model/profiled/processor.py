@@ -252,9 +252,10 @@ class HostProcessor(HostAccess):
             pass
         except Fault as fault:
             if fault.vector != Vector.UD:
-                raise
-        finally:
-            self.mmu.decoded()
+                if cause is not None or not self.runs_natively:
+                    self.mmu.decoded()
+                raise  # of an instruction that is trapped the host itself fetches the bytes first
+        self.mmu.decoded()
         found = Coverage.UNDECODED if insn is None else self._coverage(insn)
         if insn is None or found is Coverage.UNDECODED:
             self._fail(cause)
