@@ -15,6 +15,7 @@ import pytest
 from pykvm.backends import open_system
 from pykvm.machine import System
 from pykvm.model.system import ModelSystem
+from pykvm.profiles import DEVELOPMENT_HOST, profile
 
 
 @pytest.fixture(params=["kvm", "model"])
@@ -30,14 +31,22 @@ def _model(request: pytest.FixtureRequest) -> Iterator[ModelSystem]:
         yield opened
 
 
+@pytest.fixture(params=["model"], name="system")
+def _profiled(request: pytest.FixtureRequest) -> Iterator[ModelSystem]:
+    with ModelSystem(profile=profile(*DEVELOPMENT_HOST)) as opened:
+        yield opened
+
+
 on_kvm = pytest.mark.parametrize("system", ["kvm"], indirect=True)
 """Not on the model."""
 
 
-def borrow(namespace: dict[str, Any], module: str, *, without: Collection[str] = ()) -> None:
+def borrow(
+    namespace: dict[str, Any], module: str, *, without: Collection[str] = (), profiled: bool = False
+) -> None:
     """Fill a test module with the tests and fixtures of ``module``, to run on the model.
 
-    ``without`` are the tests that need what only the kernel has.  A name there that does not exist is an
+    ``profiled``: with KVM's MMU of the host that was measured first.  ``without`` are the tests that need what only the kernel has.  A name there that does not exist is an
     error, so the list stays true.
     """
     source = vars(importlib.import_module(module))
@@ -45,4 +54,4 @@ def borrow(namespace: dict[str, Any], module: str, *, without: Collection[str] =
     assert set(without) <= set(tests), f"{module} has no {sorted(set(without) - set(tests))}"
     fixtures = [name for name, value in source.items() if type(value).__name__ == "FixtureFunctionDefinition"]
     namespace |= {name: source[name] for name in [*fixtures, *tests] if name not in without}
-    namespace["system"] = _model
+    namespace["system"] = _profiled if profiled else _model

@@ -176,7 +176,7 @@ class ProfiledMachine(ModelMachine):
         slots = self._frames_now()
         for vcpu in self._profiled_vcpus():
             reader = vcpu.ring_reader
-            if reader is None or (wanted is not None and vcpu.id not in wanted):
+            if reader is None or reader.overflowed or (wanted is not None and vcpu.id not in wanted):
                 continue
             entries = reader.harvest()
             if entries is not None:

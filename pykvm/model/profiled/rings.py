@@ -65,9 +65,9 @@ class RingReader:
         return (_as_arrays(self.vcpu, entries) if entries else None), begin + len(entries)
 
     def give_up(self) -> None:
-        """After an overflow: nothing in the ring counts any more, and both sides are in step again."""
+        """After an overflow: nothing in the ring counts any more, and both sides are in step again, so that
+        the guest can go on.  That pages were lost stays true for ever."""
         ring = self.ring
         for entry in ring.entries:
             entry.flags = 0
         ring.reset_index = self.head = ring.dirty_index
-        self.overflowed = False
