@@ -30,6 +30,7 @@ ITEMS = {
     "migration": "live migration against C copying the same memory",
     "sparse": "a 1 TiB guest with 1000 dirty pages",
     "emulator": "the reference machine beside KVM's emulator and unicorn",
+    "mmu": "the model of KVM's MMU beside real KVM",
 }
 
 Measure = Callable[[Any, Effort], Iterator[Row]]
