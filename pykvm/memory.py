@@ -87,11 +87,17 @@ class GuestMemory:
             raise HostError(f"Cannot map {size} bytes of guest memory ({error}); {remedy}.") from error
         self.size = size
         self._huge = huge is not None
+        self._huge_shift = _HUGE[huge] if huge is not None else 0
         self._backing: _Backing | None = _Backing(fd, mapping)
         self._pins = 0
         self._closed = False
         self._told: list[weakref.WeakMethod[Discarded]] = []
         self._lock = threading.Lock()
+
+    @property
+    def page_size(self) -> int:
+        """Bytes of the host's pages behind it: 4096, or those of hugetlb."""
+        return 1 << self._huge_shift if self._huge else PAGE_SIZE
 
     # --- lifetime --------------------------------------------------------------------------------
 

@@ -62,6 +62,10 @@ class HugePages(GuestMemory):
         return np.frombuffer(self._anonymous, dtype=np.uint8, count=length, offset=self._begin + offset)
 
     @property
+    def page_size(self) -> int:
+        return SIZE_2M
+
+    @property
     def huge_bytes(self) -> int:
         """How much of it the host really maps with huge pages."""
         address = int(ffi.cast("uintptr_t", ffi.from_buffer(self._anonymous)))

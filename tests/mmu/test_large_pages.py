@@ -7,7 +7,7 @@ import pytest
 
 from pykvm.machine import SlotFlags
 from tests.mmu.huge import HugePages, why_not
-from tests.mmu_rig import DATA, NPT, PAGES_64M, PD, TABLE, Host, Rig, hosts
+from tests.mmu_rig import DATA, NPT, PAGES_64M, PD, SHADOW, TABLE, Host, Rig, hosts
 
 VA = DATA << 12
 INDEX = DATA >> 9
@@ -43,14 +43,14 @@ def touch(rig: Rig) -> dict[str, int]:
     return {name: after[name] - before[name] for name in ("pages_2m", "pages_4k", "mmu_cache_miss")}
 
 
-@hosts()
+@hosts(*SHADOW)
 def test_a_2_mib_entry_over_a_2_mib_page(shadow: Host) -> None:
     """F: pages_2m +1 for each, no shadow page below."""
     with large(shadow) as rig:
         assert touch(rig) == {"pages_2m": REGIONS, "pages_4k": 0, "mmu_cache_miss": 0}
 
 
-@hosts()
+@hosts(*SHADOW)
 def test_4_kib_entries_always_make_4_kib_sptes(shadow: Host) -> None:
     """F: on shadow paging, whatever the host has."""
     with large(shadow, guest_large=False) as rig:
@@ -59,14 +59,14 @@ def test_4_kib_entries_always_make_4_kib_sptes(shadow: Host) -> None:
         assert moved["mmu_cache_miss"] == REGIONS
 
 
-@hosts()
+@hosts(*SHADOW)
 def test_a_misaligned_host_address(shadow: Host) -> None:
     """F: hva and gpa not congruent: 4 KiB."""
     with large(shadow, skew=0x1000) as rig:
         assert touch(rig)["pages_2m"] == 0
 
 
-@hosts()
+@hosts(*SHADOW)
 def test_the_first_write_after_enabling_logging(shadow: Host) -> None:
     """F: no eager split; pages_2m -1, mmu_cache_miss +1, pages_4k +1; of the 2 flushes one is of enabling."""
     with large(shadow) as rig:
@@ -78,7 +78,7 @@ def test_the_first_write_after_enabling_logging(shadow: Host) -> None:
         assert rig.dirty() == [DATA + 3]
 
 
-@hosts()
+@hosts(*SHADOW)
 def test_disabling_logging_drops_the_small_pages(shadow: Host) -> None:
     """F: pages_4k fall (zap collapsible), and the next access makes 2 MiB again."""
     with large(shadow) as rig:
@@ -91,7 +91,7 @@ def test_disabling_logging_drops_the_small_pages(shadow: Host) -> None:
         assert rig.load(VA).moved == FIXED | {"pages_2m": 1, "remote_tlb_flush_requests": 1}
 
 
-@hosts()
+@hosts(*SHADOW)
 def test_a_slot_that_logs_from_the_start(shadow: Host) -> None:
     """F: 4 KiB from the start, in a ring VM, too."""
     for ring in (0, 4096):
@@ -99,39 +99,39 @@ def test_a_slot_that_logs_from_the_start(shadow: Host) -> None:
             assert touch(rig)["pages_2m"] == 0
 
 
-@hosts()
-def test_nested_paging_splits_eagerly(nested: Host) -> None:
-    """F: with manual 0 or 1 at once: pages_2m -5, pages_4k +2560; with manual 3 at CLEAR of the range."""
-    for manual in (0, 1, 3):
-        with large(nested, manual=manual, guest_large=False) as rig:
-            before = rig.counters()
-            touch(rig)
-            moved = rig.measured(lambda rig=rig: rig.slot.set_flags(LOG))
-            if manual == 3:
-                assert "pages_2m" not in moved
-                words = np.full(8 * REGIONS, 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)
-                moved = rig.measured(
-                    lambda rig=rig, words=words: rig.machine.clear_dirty_log(
-                        rig.slot, DATA, 512 * REGIONS, words
-                    )
-                )
-                assert moved["pages_2m"] == -REGIONS
-                assert moved["pages_4k"] == 512 * REGIONS
-                continue
-            count = rig.counters()["pages_2m"]
-            assert count == 0
-            assert moved["pages_4k"] == -512 * moved["pages_2m"]
-            assert before["pages_2m"] - moved["pages_2m"] >= REGIONS
+@hosts(*NPT)
+@pytest.mark.parametrize("manual", [0, 1])
+def test_nested_paging_splits_eagerly(nested: Host, manual: int) -> None:
+    """F: at once when logging is enabled: for 5 pages, pages_2m -5 and pages_4k +2560."""
+    with large(nested, manual=manual, guest_large=False) as rig:
+        touch(rig)
+        count = rig.counters()["pages_2m"]
+        assert count >= REGIONS
+        moved = rig.measured(lambda: rig.slot.set_flags(LOG))
+        assert moved["pages_2m"] == -count
+        assert moved["pages_4k"] == 512 * count
 
 
-@hosts()
+@hosts(*NPT)
+def test_nested_paging_splits_what_is_cleared(nested: Host) -> None:
+    """F: with manual 3 at CLEAR of the range."""
+    with large(nested, manual=3, guest_large=False) as rig:
+        touch(rig)
+        assert "pages_2m" not in rig.measured(lambda: rig.slot.set_flags(LOG))
+        words = np.full(8 * REGIONS, 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)
+        moved = rig.measured(lambda: rig.machine.clear_dirty_log(rig.slot, DATA, 512 * REGIONS, words))
+        assert moved["pages_2m"] == -REGIONS
+        assert moved["pages_4k"] == 512 * REGIONS
+
+
+@hosts(*NPT)
 def test_nested_paging_maps_large_whatever_the_guest_has(nested: Host) -> None:
     """F: 2 MiB although the guest's entries are of 4 KiB."""
     with large(nested, guest_large=False) as rig:
         assert touch(rig)["pages_2m"] >= REGIONS
 
 
-@hosts()
+@hosts(*NPT)
 def test_nested_paging_recovers_large_pages(nested: Host) -> None:
     """B.11, 8: disabling logging: in place where KVM does so [7.2], else they are zapped and fault again."""
     with large(nested, guest_large=False) as rig:

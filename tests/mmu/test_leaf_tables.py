@@ -204,7 +204,7 @@ def _delete_a_slot(rig: Rig) -> None:
     memory.close()
 
 
-SYNCHRONISE = {
+SYNCHRONISE: dict[str, Callable[[Rig], object]] = {
     "SET_SREGS with another CR3 and back": _other_cr3,
     "CR4.PGE toggled": _toggle("cr4", 1 << 7),
     "CR0.WP toggled": _toggle("cr0", 1 << 16),
@@ -275,7 +275,7 @@ def _shrink(rig: Rig) -> None:
     rig.machine.set_nr_mmu_pages(64)
 
 
-DO_NOT = {
+DO_NOT: dict[str, Callable[[Rig], object]] = {
     "GET_DIRTY_LOG": lambda rig: rig.collect(),
     "logging off and on": _toggle_logging,
     "a slot created": _create_a_slot,

@@ -57,7 +57,7 @@ def test_stores_of_the_host_are_not_logged(shadow: Host) -> None:
         try:
             os.write(writer, b"read")
             with os.fdopen(os.dup(reader), "rb", buffering=0) as pipe:
-                assert pipe.readinto(memoryview(rig.memory.view(VA + 0x1000, 4)).cast("B")) == 4
+                assert pipe.readinto(rig.memory.view(VA + 0x1000, 4).data) == 4
         finally:
             os.close(reader)
             os.close(writer)

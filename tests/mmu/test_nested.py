@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from tests.mmu_rig import (
@@ -23,6 +25,7 @@ from tests.mmu_rig import (
     TSS,
     Host,
     Rig,
+    Seen,
     hosts,
 )
 
@@ -52,11 +55,12 @@ def test_after_a_harvest_every_table_on_the_path_is_dirty_again(npt: Host) -> No
     with Rig(npt, ring=4096) as rig:
         rig.store(VA)
         rig.collect()
-        for run, path in (
+        steps: tuple[tuple[Callable[[], Seen], list[int]], ...] = (
             (lambda: rig.run(b"\x48\xff\xc0"), PATH),
             (lambda: rig.load(VA), [*PATH, DATA_PT]),
             (lambda: rig.store(VA), [*PATH, DATA_PT, DATA]),
-        ):
+        )
+        for run, path in steps:
             seen = run()
             assert seen.pushed == path
             count = len(path)

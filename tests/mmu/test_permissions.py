@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 
+from pykvm.x86.cpuid import CpuidEntry
 from tests.mmu_rig import (
     DATA,
     DATA_PT,
@@ -126,7 +127,7 @@ def test_a_reserved_bit(shadow: Host) -> None:
         assert seen.moved["pf_guest"] == 1
 
 
-def _cpuid(host: Host) -> list[object]:
+def _cpuid(host: Host) -> list[CpuidEntry]:
     with host.system.create_machine() as machine:
         return list(machine.supported_cpuid)
 

@@ -17,6 +17,7 @@ from pykvm.machine.tracking import MAX_TRACK_COUNT
 from pykvm.memory import PAGE_SIZE
 from pykvm.model.machine import ModelMachine
 from pykvm.model.mmu.dirty_ring import ENTRY_BYTES
+from pykvm.model.mmu.memslots import PinnedPages
 from pykvm.model.mmu.shadow_mmu import MIN_PAGES
 from pykvm.model.mmu.vm import Mmu
 from pykvm.model.profiled.vcpu import ProfiledVcpu
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from pykvm.model.vcpu import ModelVcpu
     from pykvm.x86.cpuid import CpuidEntry
 
+_LEVELS = {PAGE_SIZE: 1, 2 << 20: 2, 1 << 30: 3}
+"""The level at which a host maps pages, by their size."""
 _Batch = tuple[RingEntries, Mapping[int, SlotFrames]]
 
 
@@ -59,7 +62,13 @@ class ProfiledMachine(ModelMachine):
 
     def _set_region(self, slot: ModelSlot, gpa: int, size: int, flags: SlotFlags) -> None:
         self.mmu.memslots.set_region(
-            slot.id, int(flags), gpa, size, slot.userspace_addr, slot.bytes if size else None
+            slot.id,
+            int(flags),
+            gpa,
+            size,
+            slot.userspace_addr,
+            slot.bytes if size else None,
+            host=PinnedPages(_LEVELS.get(slot.memory.page_size, 1)),
         )
 
     def slot_created(self, slot: ModelSlot) -> None:
