@@ -44,7 +44,7 @@ _PF_P, _PF_W, _PF_U, _PF_F, _PF_RSVD = (
     int(bit) for bit in (PageFault.P, PageFault.WR, PageFault.US, PageFault.ID, PageFault.RSVD)
 )
 _SMEP, _SMAP = int(Cr4.SMEP), int(Cr4.SMAP)
-_TLB_PAGES: Final = 1536
+_TLB_PAGES: Final = 1 << 14
 _ENDLESS: Final = 1000
 """Faults in a row at one address after which the model takes the guest for stuck."""
 
