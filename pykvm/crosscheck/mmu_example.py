@@ -14,7 +14,7 @@ class HostKind(Enum):
     """Which hosts an example's values are for."""
 
     EMULATES_KERNEL = "shadow paging, CPL 0 emulated"
-    SHADOW = "shadow paging"
+    NATIVE_SHADOW = "shadow paging, CPL 0 native"
     NESTED = "nested paging in which every walk counts as a write of the tables, without PML"
     PML = "nested paging with PML"
 
