@@ -67,6 +67,7 @@ HARMLESS = {
     "get-flush-after-return",
     "fast-without-compare-logging",
     "tdp-without-compare",
+    "fault-without-first-look",
     "track-protect-before-count",
     "harvest-release-before-payload",
     "pml-pause-without-kick",

@@ -55,6 +55,17 @@ FAULTS = (
         "MMU-writable tells why W is 0 (kvm-mmu.md 8): 110 may be fixed without a lock, 100 may not.",
     ),
     Mutation(
+        "fault-without-first-look",
+        "tracking",
+        {"fault_looks_at_tracking": False},
+        "A page fault does not look at the track count before it takes the fast path or mmu_lock.",
+        "The fast path meets an SPTE that is not MMU-writable, and the slow path looks at the count under "
+        "mmu_lock. The first look saves time; no schedule here needs it.",
+        "page_fault_handle_page_track comes first all the same (kvm-mmu.md 7.2, 9). The look that counts is "
+        "the one of slow-without-recheck.",
+        harmless=True,
+    ),
+    Mutation(
         "slow-without-recheck",
         "tracking",
         {"slow_rechecks_tracking": False},

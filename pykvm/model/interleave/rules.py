@@ -28,6 +28,9 @@ class Rules:
     fast_compares: bool = True
     fast_needs_mmu_writable: bool = True
 
+    # 7.2: before anything else, and without mmu_lock
+    fault_looks_at_tracking: bool = True
+
     # 7.2, 8: under mmu_lock make_spte looks at the track count once more, marks, and the SPTE is installed
     slow_rechecks_tracking: bool = True
     slow_compares: bool = True  # 11.1: the TDP MMU, whose faults share mmu_lock

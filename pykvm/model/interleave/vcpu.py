@@ -180,11 +180,13 @@ class Vcpu(Actor[Vm, VcpuFrame]):
         if vm.slot in (Slot.ABSENT, Slot.FREED):
             me.stores = me.stores[1:]
             return f"page fault: no slot has page {gfn}, the store becomes an MMIO exit{self._enter(vm, me)}"
-        if vm.tracked[gfn] and vm.spte[gfn].present:
-            me.todo = self._emulation()
-            return f"page fault: page {gfn} is tracked, the store is emulated"
         me.todo = ("read",)
-        return f"page fault: page {gfn} is not tracked"
+        if not self._rules.fault_looks_at_tracking:
+            return f"page fault on page {gfn}"
+        if not (vm.tracked[gfn] and vm.spte[gfn].present):
+            return f"page fault: page {gfn} is not tracked"
+        me.todo = self._emulation()
+        return f"page fault: page {gfn} is tracked, the store is emulated"
 
     def _emulation(self) -> tuple[str, ...]:
         return ("emulate", "mark", "notify")
