@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,7 @@ from pykvm.memory import PAGE_SIZE, GuestMemory
 from pykvm.model.mmu.profile import DEVELOPMENT_HOST, Profile, profile
 from pykvm.model.system import ModelSystem
 from pykvm.x86.bits import Rflags
+from pykvm.x86.cpuid import CpuidEntry
 from pykvm.x86.registers import DescriptorTable, Segment, SpecialRegisters
 
 CODE, PML4, TSS, GDT, IDT, HANDLERS, KERNEL_STACK, USER_STACK = 1, 2, 3, 4, 5, 6, 7, 8
@@ -269,7 +270,7 @@ class Rig:
             flags = SlotFlags.LOG_DIRTY_PAGES if log else SlotFlags.NONE
             self.slot: Slot = self.machine.create_slot(self.memory, 0, size=pages * PAGE_SIZE, flags=flags)
             self.vcpu: Any = self.machine.create_vcpu()
-            self.vcpu.set_cpuid(self.machine.supported_cpuid)
+            self.vcpu.set_cpuid(self._cpuid())
             self.enter(self.vcpu)
             self.counters()
         except BaseException:
@@ -309,8 +310,14 @@ class Rig:
             self.memory.write(
                 at, bytes([0xB0, vector, 0xE6, FAULT_PORT, 0xEB, 0xFE])
             )  # mov al, v; out; jmp $
-            gate = at & 0xFFFF | 8 << 16 | 0x8E00 << 32 | (at >> 16 & 0xFFFF) << 48
+            gate = (
+                at & 0xFFFF | 8 << 16 | (0xEE00 if vector == 3 else 0x8E00) << 32 | (at >> 16 & 0xFFFF) << 48
+            )
             self.memory.write(IDT * PAGE_SIZE + vector * 16, struct.pack("<QQ", gate, at >> 32))
+
+    def _cpuid(self) -> Sequence[CpuidEntry]:
+        entries: Sequence[CpuidEntry] = self.machine.supported_cpuid
+        return entries
 
     def enter(self, vcpu: Vcpu, **changes: int) -> None:
         """Put a vCPU into long mode at the rig's CPL, with ``cr0``, ``cr3``, ``cr4`` or ``efer`` as given."""

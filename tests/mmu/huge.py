@@ -25,6 +25,25 @@ def why_not() -> str | None:
     return "This host makes no transparent huge pages (transparent_hugepage/enabled)."
 
 
+class UntouchedPages(GuestMemory):
+    """``size`` bytes of private anonymous memory that nobody has touched, without huge pages.
+
+    SAFETY: as GuestMemory: the mmap object owns the mapping.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(4096)
+        self.size = size
+        self._anonymous = mmap.mmap(
+            -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ | mmap.PROT_WRITE
+        )
+        self._anonymous.madvise(mmap.MADV_NOHUGEPAGE)
+
+    def pin(self) -> int:
+        super().pin()
+        return int(ffi.cast("uintptr_t", ffi.from_buffer(self._anonymous)))
+
+
 class HugePages(GuestMemory):
     """``size`` bytes of anonymous memory in transparent huge pages, beginning ``skew`` bytes after a multiple
     of 2 MiB in the host's addresses.

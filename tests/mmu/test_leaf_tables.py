@@ -280,6 +280,7 @@ DO_NOT: dict[str, Callable[[Rig], object]] = {
     "logging off and on": _toggle_logging,
     "a slot created": _create_a_slot,
     "SET_NR_MMU_PAGES(64)": _shrink,
+    "INT3 to CPL 0": lambda rig: rig.run(b"\xcc"),
     "KVM_TRANSLATE": lambda rig: rig.vcpu.translate(VA),
 }
 

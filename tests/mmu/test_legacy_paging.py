@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pytest
 
+from pykvm.errors import PykvmError
 from pykvm.machine import Shutdown, Vcpu
+from pykvm.x86.cpuid import CpuidEntry
 from pykvm.x86.registers import DescriptorTable, Segment, SpecialRegisters
-from tests.mmu_rig import CODE, DATA, FRESH, PAGE, PAGES_64M, PD, PDPT, PVM, SPARE, TABLE, Host, Rig, hosts
+from tests.mmu_rig import (
+    CODE,
+    DATA,
+    FRESH,
+    PAGE,
+    PAGES_64M,
+    PD,
+    PDPT,
+    PML4,
+    PVM,
+    SPARE,
+    TABLE,
+    Host,
+    Rig,
+    hosts,
+)
+from tests.paged import with_everything
 
 VA = DATA << 12
 FIXED = {"pf_taken": 1, "pf_fixed": 1}
@@ -57,6 +75,22 @@ class Legacy(Rig):
         special.cs = Segment(0, 0xFFFFFFFF, 0x33, 0xB, 1, 3, 1, 1, 0, 1)
         data = Segment(0, 0xFFFFFFFF, 0x2B, 3, 1, 3, 1, 1, 0, 1)
         special.ds = special.es = special.fs = special.gs = special.ss = data
+
+
+class FiveLevel(Rig):
+    """Long mode with a PML5 at 1f0 above the PML4."""
+
+    pml5 = 0x1F0
+
+    def _fill(self, upper: int, leaf: int, code: int, entries: Mapping[tuple[int, int], int]) -> None:
+        super()._fill(upper, leaf, code, entries)
+        self.put(self.pml5, 0, PML4 << 12 | upper)
+
+    def _cpuid(self) -> Sequence[CpuidEntry]:
+        return with_everything(self.machine.supported_cpuid) if not self.host.kvm else super()._cpuid()
+
+    def enter(self, vcpu: Vcpu, **changes: int) -> None:
+        super().enter(vcpu, **({"cr3": self.pml5 << 12, "cr4": 0x1620} | changes))
 
 
 class Pae(Legacy):
@@ -138,3 +172,25 @@ def test_a_pvm_guest_has_no_paging_but_long_mode(host: Host, kind: type[Legacy])
     with kind(host) as rig:
         rig.vcpu.set_registers(rig.vcpu.get_registers())
         assert isinstance(rig.resume().exit, Shutdown)
+
+
+@NATIVE
+def test_five_levels(native: Host) -> None:
+    """C.1: LA57 adds one level to what a first store takes: root to page table, and another page table."""
+    try:
+        rig = FiveLevel(native, upper=FRESH, leaf=FRESH, code=FRESH, ring=4096)
+    except PykvmError:
+        pytest.skip("The guest has no 57-bit linear addresses (CPUID 7, ECX bit 16).")
+    with rig:
+        seen = rig.store(VA)
+        assert seen.moved["mmu_cache_miss"] == 6
+        assert seen.pushed == [rig.pml5, PML4, PDPT, PD, PT, PD, 0x112, DATA]
+
+
+@hosts(PVM)
+def test_a_pvm_guest_has_no_five_levels(host: Host) -> None:
+    """C.1: SET_SREGS with CR4.LA57 is refused."""
+    if not host.profile.emulates_all_but_user:
+        pytest.skip("Only kvm_pvm has no 57-bit linear addresses for its guests.")
+    with Rig(host) as rig, pytest.raises(PykvmError):
+        rig.enter(rig.vcpu, cr4=0x1620)

@@ -5,16 +5,18 @@ What they accept and return is held by tests/kvm; these are the statistics and f
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
 import pytest
 
-from pykvm.errors import LoggingDisabledError
+from pykvm.errors import LoggingDisabledError, SlotError
 from pykvm.machine import DirtyRingFull, SlotFlags
 from pykvm.memory import PAGE_SIZE, GuestMemory
-from tests.mmu_rig import DATA, DATA_PT, PAGE, SHADOW, TABLE, Host, Rig, hosts
+from tests.mmu_rig import DATA, DATA_PT, NPT, PAGE, SHADOW, TABLE, Host, Rig, hosts
 from tests.rings import LEAST_RING
 
-pytestmark = hosts(*SHADOW)
+on_shadow = hosts(*SHADOW)
 VA = DATA << 12
 FIXED = {"pf_taken": 1, "pf_fixed": 1}
 FLUSH = {"remote_tlb_flush_requests": 1}
@@ -32,6 +34,7 @@ def clear(rig: Rig, first: int, pages: int) -> None:
 # --- D.1, slots ----------------------------------------------------------------------------------------
 
 
+@on_shadow
 def test_enabling_protects_everything_with_a_flush(shadow: Host) -> None:
     """D.1, toggle on: flush +1, the bitmap empty; reads do not fault, the first write of each page does."""
     with Rig(shadow, pages=PAGES, log=False) as rig:
@@ -44,6 +47,7 @@ def test_enabling_protects_everything_with_a_flush(shadow: Host) -> None:
         assert rig.dirty() == [DATA]
 
 
+@on_shadow
 def test_disabling_leaves_pages_protected_until_they_are_written(shadow: Host) -> None:
     """D.1, off: one more fault; the bitmap is gone, and on again it starts empty."""
     with Rig(shadow, pages=PAGES) as rig:
@@ -58,6 +62,7 @@ def test_disabling_leaves_pages_protected_until_they_are_written(shadow: Host) -
         assert rig.dirty() == []
 
 
+@on_shadow
 def test_the_same_flags_again_do_nothing(shadow: Host) -> None:
     """D.1: returns 0."""
     with Rig(shadow, pages=PAGES) as rig:
@@ -67,6 +72,7 @@ def test_the_same_flags_again_do_nothing(shadow: Host) -> None:
         assert rig.dirty() == [DATA]
 
 
+@on_shadow
 @pytest.mark.parametrize("change", ["move", "delete"])
 def test_a_slot_that_moves_or_goes_zaps_all(shadow: Host, change: str) -> None:
     """D.1: all shadow pages of all slots; the next run has an obsolete root, which counts once more."""
@@ -85,6 +91,7 @@ def test_a_slot_that_moves_or_goes_zaps_all(shadow: Host, change: str) -> None:
         memory.close()
 
 
+@on_shadow
 def test_creating_a_slot_zaps_nothing(shadow: Host) -> None:
     """D.1 and kvm-mmu.md 2."""
     with Rig(shadow, pages=PAGES) as rig:
@@ -94,6 +101,7 @@ def test_creating_a_slot_zaps_nothing(shadow: Host) -> None:
         assert rig.load(VA).moved == {}
 
 
+@on_shadow
 def test_of_two_slots_on_one_memory_only_the_one_written_through_is_marked(shadow: Host) -> None:
     """D.1, aliased slots."""
     alias = 0x2400
@@ -109,6 +117,7 @@ def test_of_two_slots_on_one_memory_only_the_one_written_through_is_marked(shado
 # --- D.2, GET and CLEAR --------------------------------------------------------------------------------
 
 
+@on_shadow
 def test_get_protects_and_flushes_if_it_found_something(shadow: Host) -> None:
     """D.2, manual=0: the second GET is empty; the next write faults."""
     with Rig(shadow, pages=PAGES) as rig:
@@ -119,6 +128,7 @@ def test_get_protects_and_flushes_if_it_found_something(shadow: Host) -> None:
         assert rig.store(VA).moved == FIXED
 
 
+@on_shadow
 def test_with_manual_protection_get_costs_nothing(shadow: Host) -> None:
     """D.2, manual=1: the same bits again, no protection, no flush; a write afterwards does not fault."""
     with Rig(shadow, pages=PAGES, manual=1) as rig:
@@ -129,6 +139,7 @@ def test_with_manual_protection_get_costs_nothing(shadow: Host) -> None:
         assert rig.store(VA).moved == {}
 
 
+@on_shadow
 @pytest.mark.parametrize("manual", [0, 1, 3])
 def test_clear_protects_what_was_set_and_asked_for(shadow: Host, manual: int) -> None:
     """D.2: one flush, and only if some bit was set; CLEAR works without manual protection, too."""
@@ -147,6 +158,7 @@ def test_clear_protects_what_was_set_and_asked_for(shadow: Host, manual: int) ->
         assert {DATA, DATA + 0x40} <= set(rig.dirty())
 
 
+@on_shadow
 def test_initially_set_protects_nothing(shadow: Host) -> None:
     """D.2, manual=3: all ones, no protection; writes before the first CLEAR cost nothing."""
     with Rig(shadow, pages=PAGES, manual=3, log=False) as rig:
@@ -162,6 +174,7 @@ def test_initially_set_protects_nothing(shadow: Host) -> None:
 # --- D.4, the soft limit -------------------------------------------------------------------------------
 
 
+@on_shadow
 @pytest.mark.parametrize("entries", [LEAST_RING, 2 * LEAST_RING, 4 * LEAST_RING])
 def test_the_ring_is_full_at_64_entries_below_its_size(shadow: Host, entries: int) -> None:
     """D.4: exactly; running again without a harvest makes no progress; the reset counts the entries."""
@@ -182,6 +195,7 @@ def test_the_ring_is_full_at_64_entries_below_its_size(shadow: Host, entries: in
         assert rest.pushed == [DATA + i for i in range(entries - 65, entries)]
 
 
+@on_shadow
 def test_a_fault_with_two_pushes_may_go_one_beyond(shadow: Host) -> None:
     """D.4: +1 if the last fault pushed 2: here each store pushes its table and its page."""
     with Rig(shadow, leaf=TABLE, ring=LEAST_RING) as rig:
@@ -201,6 +215,7 @@ def test_a_fault_with_two_pushes_may_go_one_beyond(shadow: Host) -> None:
 # --- D.5 -----------------------------------------------------------------------------------------------
 
 
+@on_shadow
 def test_native_writes_push_once_before_the_reset(shadow: Host) -> None:
     """D.5: a page that is writable pushes nothing; changes of A and D push the table each time."""
     with Rig(shadow, leaf=TABLE, ring=4096) as rig:
@@ -210,6 +225,7 @@ def test_native_writes_push_once_before_the_reset(shadow: Host) -> None:
         assert rig.store(VA + 0x1000).pushed == [DATA_PT, DATA + 1]
 
 
+@on_shadow
 def test_a_write_between_harvest_and_reset_is_not_logged_again(shadow: Host) -> None:
     """D.5: after the reset it is."""
     with Rig(shadow, ring=4096) as rig:
@@ -219,6 +235,7 @@ def test_a_write_between_harvest_and_reset_is_not_logged_again(shadow: Host) -> 
         assert rig.store(VA).pushed == [DATA]
 
 
+@on_shadow
 def test_emulated_writes_push_every_time(host: Host) -> None:
     """D.5: no deduplication where KVM emulates the store."""
     if not host.profile.emulates_all_but_user:
@@ -227,3 +244,18 @@ def test_emulated_writes_push_every_time(host: Host) -> None:
         rig.prime()
         assert rig.store(VA).pushed == [DATA]
         assert rig.store(VA).pushed == [DATA]
+
+
+@hosts(*SHADOW, *NPT)
+@pytest.mark.parametrize("logs", [LOG, OFF], ids=["logging", "not logging"])
+def test_a_slot_beyond_the_hosts_addresses(host: Host, logs: SlotFlags) -> None:
+    """D.1: a gpa above the host's MAXPHYADDR is taken with shadow paging, and refused by the TDP MMU."""
+    memory = GuestMemory(PAGE_SIZE)
+    with host.system.create_machine() as machine:
+        if host.profile.tdp_mmu:
+            with pytest.raises(SlotError) as caught:
+                machine.create_slot(memory, (1 << 52) - PAGE_SIZE, flags=logs)
+            assert caught.value.errno == errno.EINVAL
+        else:
+            assert machine.create_slot(memory, (1 << 52) - PAGE_SIZE, flags=logs).alive
+    memory.close()

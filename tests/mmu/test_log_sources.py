@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 
+from pykvm.machine import SlotFlags
 from pykvm.memory import PAGE_SIZE
+from tests.mmu.huge import UntouchedPages
 from tests.mmu_rig import (
     DATA,
     DATA_PT,
     FRESH,
     KERNEL_STACK,
+    PAGE,
     PD,
     PDPT,
     PML4,
@@ -114,3 +117,16 @@ def test_steal_time_is_written_at_every_load_of_the_vcpu(shadow: Host) -> None:
         for _ in range(3):
             rig.run(b"")
             assert rig.dirty() == [DATA]
+
+
+@on_kvm
+def test_untouched_private_memory_costs_a_fault_more(shadow: Host) -> None:
+    """A: a read maps the host's zero page; the write breaks that (COW), whose MMU notifier makes the first
+    fault stale: pf_taken +1 that is not in pf_fixed, and a flush."""
+    away = 0x8000
+    with Rig(shadow, pages=PAGES, entries={(DATA_PT, 3): away << 12 | PAGE}) as rig:
+        rig.prime(DATA)
+        rig.machine.create_slot(UntouchedPages(PAGE_SIZE), away << 12, flags=SlotFlags.LOG_DIRTY_PAGES)
+        assert rig.load(VA + 0x3000).moved == {"pf_taken": 1, "pf_fixed": 1, "pages_4k": 1}
+        seen = rig.store(VA + 0x3000)
+        assert seen.moved == {"pf_taken": 2, "pf_fixed": 1, "remote_tlb_flush_requests": 1}
