@@ -8,12 +8,14 @@ import pytest
 
 from pykvm.errors import PykvmError
 from pykvm.machine.emulation import QEMU_TCG, emulator
-from tests.mmu_rig import DATA, DATA_PT, FRESH, SHADOW, STORE, Host, Rig, hosts
+from tests.mmu_rig import DATA, DATA_PT, DONE, FRESH, PAGE, SHADOW, STORE, Host, Rig, hosts
 
 pytestmark = hosts(*SHADOW)
 VA = DATA << 12
 OTHER = DATA + 8
 """A page to read from, mapped."""
+DATA_CODE = 0x1FF0
+"""The end of the code page."""
 NEEDS_XSAVE = ("xsave of all", "xsave of nothing", "xsaveopt", "vmaskmovps with a zero mask")
 
 WRITES = {
@@ -113,6 +115,27 @@ def test_reads(rig: Rig, name: str) -> None:
     execute(rig, name, READS[name])
     assert rig.dirty() == [DATA_PT]
     assert rig.leaf(DATA) == 0x27
+
+
+@pytest.mark.parametrize("name", READS)
+def test_reads_where_d_is_set(shadow: Host, name: str) -> None:
+    """E and B.0: loads, bt, test, cmp, clflush dirty the page where the entry has D already."""
+    if name == "clflush" and emulator() == QEMU_TCG and shadow.kvm:
+        pytest.skip("QEMU's TCG does nothing for CLFLUSH.")
+    with Rig(shadow, leaf=FRESH, pages=0x2200, entries={(DATA_PT, 0): VA | PAGE}) as rig:
+        rig.prime(OTHER)
+        execute(rig, name, READS[name])
+        assert rig.dirty() == [DATA]
+
+
+def test_a_return_address_where_d_is_set(shadow: Host) -> None:
+    """B.0: RET reads its stack."""
+    with Rig(shadow, leaf=FRESH, pages=0x2200, entries={(DATA_PT, 0): VA | PAGE}) as rig:
+        rig.prime(OTHER)
+        rig.memory.write(VA, DATA_CODE.to_bytes(8, "little"))
+        rig.memory.write(DATA_CODE, DONE)
+        rig.run(b"\xc3", rsp=VA)
+        assert rig.dirty() == [DATA]
 
 
 @pytest.mark.parametrize("name", NEITHER)

@@ -187,7 +187,7 @@ def test_five_levels(native: Host) -> None:
         assert seen.pushed == [rig.pml5, PML4, PDPT, PD, PT, PD, 0x112, DATA]
 
 
-@hosts(PVM)
+@hosts()
 def test_a_pvm_guest_has_no_five_levels(host: Host) -> None:
     """C.1: SET_SREGS with CR4.LA57 is refused."""
     if not host.profile.emulates_all_but_user:
