@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
+from pykvm.model.interleave import CASES, MUTATIONS, Result
 from pykvm.model.interleave.explorer import Actor, BrokenProperty, Counterexample, Start
 
 World = tuple[Sequence[Start[Any]], Sequence[Actor[Any, Any]]]
 Schedule = tuple[tuple[str, str], ...]
+
+
+@cache
+def proof(case: str) -> Result:
+    """A case under KVM's rules; explored once for all tests."""
+    return CASES[case].explore()
+
+
+@cache
+def explored(mutation: str) -> Result:
+    """A mutation's case under its rules; explored once for all tests."""
+    return MUTATIONS[mutation].explore()
 
 
 def moves(

@@ -10,7 +10,7 @@ import pytest
 from pykvm.model.interleave import CASES, MUTATIONS, Rules
 from pykvm.model.interleave.explorer import Actor, Start, explore
 from pykvm.model.interleave.state import Vm
-from tests.model.interleavings import count_schedules, moves
+from tests.model.interleavings import count_schedules, moves, proof
 
 SMALL = [name for name, case in CASES.items() if not case.large]
 LARGE = [name for name, case in CASES.items() if case.large]
@@ -18,7 +18,7 @@ LARGE = [name for name, case in CASES.items() if case.large]
 
 @pytest.mark.parametrize("name", SMALL)
 def test_no_schedule_breaks_a_promise(name: str) -> None:
-    result = CASES[name].explore()
+    result = proof(name)
     assert result.counterexample is None
     assert result.schedules is not None, "every schedule ends"
 
@@ -26,7 +26,7 @@ def test_no_schedule_breaks_a_promise(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_no_schedule_of_a_large_case_breaks_a_promise(name: str) -> None:
-    result = CASES[name].explore()
+    result = proof(name)
     assert result.counterexample is None
     assert result.schedules is not None
 
@@ -34,7 +34,7 @@ def test_no_schedule_of_a_large_case_breaks_a_promise(name: str) -> None:
 @pytest.mark.parametrize("name", ["ring-full", "shadow-forbid", "shadow-clean"])
 def test_as_many_schedules_as_walking_them_one_by_one_gives(name: str) -> None:
     """Forgetting nothing and comparing no states: what is left out as known would be missing here."""
-    assert CASES[name].explore().schedules == count_schedules(CASES[name].build(Rules()))
+    assert proof(name).schedules == count_schedules(CASES[name].build(Rules()))
 
 
 # --- what the cases contain: a proof about steps that never happen proves nothing ----------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pykvm.model.interleave import CASES, MUTATIONS, TOPICS
+from tests.model.interleavings import explored, proof
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs/interleavings.md").read_text()
 SECTIONS = dict(re.findall(r"^### (\S+)\n\n(.*?)(?=^##|\Z)", TEXT, re.MULTILINE | re.DOTALL))
@@ -26,7 +27,7 @@ def test_every_mutation_has_its_section_in_the_order_of_the_topics() -> None:
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_the_section_tells_what_the_explorer_finds(name: str) -> None:
     mutation = MUTATIONS[name]
-    result = mutation.explore()
+    result = explored(name)
     before, schedule, after = re.split(r"```(?:text)?\n", SECTIONS[name])
     assert plain(before) == mutation.change
     assert plain(after) == plain(f"{mutation.outcome} *Rule:* {mutation.rule}")
@@ -43,7 +44,7 @@ def row(name: str) -> list[str]:
 
 def check(name: str) -> None:
     case = CASES[name]
-    result = case.explore()
+    result = proof(name)
     assert result.schedules is not None
     schedules = result.schedules
     shown = f"{schedules:,}" if schedules < 10**6 else f"{schedules:.1e}"

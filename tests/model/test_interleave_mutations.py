@@ -6,12 +6,11 @@ What each one must break is told by the rule that it breaks, not by what the exp
 from __future__ import annotations
 
 import re
-from functools import cache
 
 import pytest
 
-from pykvm.model.interleave import CASES, MUTATIONS, Repair, Result, Rules
-from tests.model.interleavings import breaks_within, replay
+from pykvm.model.interleave import CASES, MUTATIONS, Repair, Rules
+from tests.model.interleavings import breaks_within, explored, replay
 
 LOST = "a lost write"
 UNTRACKED = "page 0 is tracked, and the tracker is not told of the store"
@@ -75,11 +74,6 @@ HARMLESS = {
     "shadow-tag",
     "shadow-tag-alias",
 }
-
-
-@cache
-def explored(name: str) -> Result:
-    return MUTATIONS[name].explore()
 
 
 def test_all_mutations_are_judged_here() -> None:
