@@ -199,7 +199,8 @@ def test_clear_of_nothing_is_legal() -> None:
     ("npages", "first", "pages", "accepted"),
     [
         (100, 0, 100, True), (100, 0, 64, True), (100, 64, 36, True), (100, 0, 0, True),
-        (100, 1, 64, False), (100, 64, 64, False), (100, 0, 128, False), (100, 64, 32, False),
+        (100, 32, 64, False), (100, 1, 64, False), (100, 64, 64, False), (100, 0, 128, False),
+        (100, 64, 32, False),
         (100, 128, 0, False), (100, 100, 0, False), (100, 0, 36, False),
         (0x4A, 64, 10, True), (0x4A, 0, 0x4A, True), (0x4A, 64, 64, False), (0x4A, 64, 128, False),
     ],

@@ -328,6 +328,17 @@ def test_what_was_allocated_stays() -> None:
     assert rig.mmu.page_track.count(slot, 7) == 1, "registering again must not empty what is there"
 
 
+def test_a_first_shadow_root_keeps_the_counts_of_an_external_user() -> None:
+    """9: who allocates passes over slots that have their counts already."""
+    rig = Rig("amd-npt")
+    slot = rig.slot()
+    rig.mmu.page_track.register(Node())
+    rig.mmu.page_track.add_gfn(7)
+    rig.mmu.shadow.first_shadow_root()
+    assert rig.mmu.page_track.count(slot, 7) == 1
+    assert slot.rmap is not None
+
+
 def test_counts_are_new_after_a_move() -> None:
     """kvm-mmu.md 2: freed and reallocated, all zero."""
     rig = Rig("amd-shadow", "6.1")
