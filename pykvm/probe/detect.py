@@ -10,6 +10,7 @@ from pykvm.machine import System
 from pykvm.probe.bench import Bench
 from pykvm.probe.evidence import Evidence
 from pykvm.probe.finding import Finding, How
+from pykvm.probe.rings import RING_PROBES
 from pykvm.probe.running import KIND_PROBES, OTHER_PROBES
 from pykvm.probe.shadow import SHADOW_PROBES
 from pykvm.probe.tdp import TDP_PROBES
@@ -29,7 +30,6 @@ _HIDDEN: Final[Mapping[str, str]] = {
     "separate_read_access": "an encoding: nothing outside of KVM sees it",
     "marks_without_vcpu": "no VM ioctl of x86 writes to guest memory that is logged",
     "ring_full_by_request": "both ways end KVM_RUN at the same point",
-    "reset_interruptible": "needs a signal that comes within the microseconds of a reset",
     "track_query_both_spaces": "needs a guest in system-management mode that edits its tables",
     "own_track_node": "shows only to an external user of write tracking",
     "refuses_move_when_tracked": "shows only with an external user of write tracking",
@@ -91,7 +91,7 @@ def detect(system: System, evidence: Evidence, capability: Callable[[int], int])
     """
     system.create_machine().close()
     bench = Bench(system, evidence, capability)
-    for probe in (*KIND_PROBES, *OTHER_PROBES, *SHADOW_PROBES, *TDP_PROBES):
+    for probe in (*KIND_PROBES, *OTHER_PROBES, *SHADOW_PROBES, *TDP_PROBES, *RING_PROBES):
         bench.take(probe)
     kind = _kind(bench)
     distances = {era: _distance(bench.found, profile(kind, era)) for era in ERAS}

@@ -1,4 +1,4 @@
-"""Behaviours under two-dimensional paging: the processor's log, and what KVM does about large pages."""
+"""Behaviours under two-dimensional paging: what is marked again, and what becomes of large pages."""
 
 from __future__ import annotations
 
@@ -25,19 +25,6 @@ _LARGE: Final = 2 << 20
 _LARGE_GFN: Final = 0x4_0000
 """Where a large page lies: at 1 GiB."""
 _LARGE_SLOT: Final = 9
-_STEPS: Final = b"\x48\x89\x07\x48\x81\xc7\x00\x10\x00\x00" * 3
-"""mov [rdi], rax; add rdi, 4096: three times"""
-
-
-def _pml_newest_first(bench: Bench) -> Answer:
-    with bench.guest(flags=LOG, ring=_RING) as guest:
-        guest.do(_STEPS, rdi=DATA * PAGE_SIZE)
-        guest.pushed()
-        guest.do(_STEPS, rdi=DATA * PAGE_SIZE)
-        order = [page - DATA for page in guest.pushed() if DATA <= page < DATA + 3]
-    if order not in ([0, 1, 2], [2, 1, 0]):
-        raise ProbeError(f"three pages written in order came as {order}")
-    return order[0] == 2, How.PROBE, f"pages written in the order 0, 1, 2 are pushed as {order}"
 
 
 def _pre_fault(guest: ProbeGuest, gfn: int) -> None:
@@ -169,7 +156,6 @@ def _write_track_allocation(bench: Bench) -> Answer:
 
 
 TDP_PROBES: Final = (
-    Probe("pml_newest_first", Needs.PML, _pml_newest_first),
     Probe("tdp_spurious_marks", Needs.TDP_MMU, _tdp_spurious_marks),
     Probe("tdp_recovers_in_place", Needs.TDP_MMU, _tdp_recovers_in_place),
     Probe("masked_split_misses_last", Needs.TDP_MMU, _masked_split_misses_last),

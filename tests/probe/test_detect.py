@@ -104,7 +104,7 @@ class Silent:
 def test_known_hosts_are_told_apart(kind: str, era: str) -> None:
     """Each pair of eras of a kind differs in something that a probe of that kind can show."""
     showable = {
-        "retries_always", "has_shadow_pages_statistic", "emulates_avx",
+        "retries_always", "has_shadow_pages_statistic", "emulates_avx", "reset_interruptible",
         *(("flushes_on_ad_clear", "smep_in_role", "sync_rebuilds_all") if not profile(kind).tdp else ()),
         *(("tdp_recovers_in_place", "masked_split_misses_last") if profile(kind).tdp_mmu else ()),
         *(("pml_newest_first",) if profile(kind).pml else ()),
@@ -115,10 +115,7 @@ def test_known_hosts_are_told_apart(kind: str, era: str) -> None:
         if other != era
         and all(getattr(profile(kind, era), name) == getattr(profile(kind, other), name) for name in showable)
     ]
-    if kind == "amd-npt-oldmmu":
-        assert same in ([], ["6.18"], ["6.12"]), "6.12 and 6.18 differ in the TDP MMU and in what is shadowed"
-    else:
-        assert same == []
+    assert same == []
 
 
 def finding(name: str, value: object) -> Finding:
