@@ -330,16 +330,20 @@ class VcpuMmu:
     def emulation_failed(self, emulate: EmulateInstruction | None, rip: int) -> bool:
         """The emulator lacks the instruction: whether an unprotected page lets the guest retry; else
         insn_emulation_fail counts and the caller injects #UD or exits (12.3)."""
+        if self.retry_after_failure(emulate, rip):
+            return True
+        self.counters.insn_emulation_fail += 1
+        return False
+
+    def retry_after_failure(self, emulate: EmulateInstruction | None, rip: int) -> bool:
+        """``kvm_unprotect_and_retry_on_failure``: also where the instruction could not even be fetched."""
         self.rip = rip
-        if (
+        return (
             emulate is not None
             and emulate.allow_retry
             and not emulate.write_pf_to_sp
             and unprotect_and_retry(self, emulate.address, always=True)
-        ):
-            return True
-        self.counters.insn_emulation_fail += 1
-        return False
+        )
 
     def inject_page_fault(self, delivered: GuestPageFault) -> None:
         """``kvm_inject_emulated_page_fault``: count it; an SPTE that still forbids what the tables allow by

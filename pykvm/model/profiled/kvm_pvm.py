@@ -82,6 +82,7 @@ def enter_handler(cpu: HostProcessor, event: gates.Event) -> None:
         _deliver(cpu, event)
     except Fault:
         counters.pf_guest = injected
+        cpu.rollback()
         raise TripleFault from None
 
 

@@ -246,6 +246,8 @@ class HostProcessor(HostAccess):
         """Fetch and decode; None where that is all, since KVM resumes the guest or gives up."""
         self._saved = self._snapshot()
         insn: Instruction | None = None
+        counters = self.mmu.counters
+        injected = counters.pf_guest
         try:
             insn = self.fetch()
         except UnsupportedInstruction:
@@ -254,6 +256,10 @@ class HostProcessor(HostAccess):
             if fault.vector != Vector.UD:
                 if cause is not None or not self.runs_natively:
                     self.mmu.decoded()
+                if self.mmu.retry_after_failure(cause, self.rip):
+                    counters.pf_guest = injected
+                    self.discard()
+                    return None
                 raise  # of an instruction that is trapped the host itself fetches the bytes first
         self.mmu.decoded()
         found = Coverage.UNDECODED if insn is None else self._coverage(insn)

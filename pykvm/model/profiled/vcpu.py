@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from pykvm.machine.exits import Exit, IoIn, IoOut, MmioRead
 from pykvm.machine.statistics import Statistics
@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from pykvm.machine.protocols import RingEntries
     from pykvm.model.cpu.processor import Processor
     from pykvm.model.profiled.machine import ProfiledMachine
+
+
+_OWN: Final = frozenset(
+    {"KVM_RUN", "KVM_GET_REGS", "KVM_SET_REGS", "KVM_GET_SREGS", "KVM_GET_SREGS2", "KVM_GET_VCPU_EVENTS"}
+)
+"""Operations that touch nothing but the processor, or see to the MMU themselves."""
 
 
 class ProfiledVcpu(ModelVcpu):
@@ -55,7 +61,7 @@ class ProfiledVcpu(ModelVcpu):
     @contextlib.contextmanager
     def use(self, operation: str) -> Iterator[Processor]:
         with super().use(operation) as cpu:
-            if operation == "KVM_RUN":
+            if operation in _OWN:
                 yield cpu
                 return
             with self._schedule.visit(), self._loaded():
