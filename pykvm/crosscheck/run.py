@@ -112,6 +112,8 @@ class _Run:
         self._overdue = False
         self._before = [memory.view().copy() for memory in rig.memories] if watch.pages else []
         self._read_counters = Counters(rig.machine).read if watch.counters else dict
+        self._levels: dict[int, int] = {}
+        """The CPL of each vCPU after the last step."""
         self._peeked = [0] * len(rig.machine.vcpus)
         self._taken = DirtyPages()
         """What was harvested because a ring was full, for the next Harvest."""
@@ -194,6 +196,10 @@ class _Run:
             refused, message = type(error).__name__, str(error)
         if self._watch.counters:
             self._peek()
+        views = tuple(
+            VcpuView(vcpu.get_registers(), vcpu.get_special_registers()) for vcpu in self._rig.machine.vcpus
+        )
+        self._levels = {vcpu: view.special.ss.dpl for vcpu, view in enumerate(views)}
         return StepTrace(
             number=number,
             step=step,
@@ -204,10 +210,7 @@ class _Run:
             overdue=self._overdue,
             dirty=self._dirty,
             ring=tuple(self._ring),
-            vcpus=tuple(
-                VcpuView(vcpu.get_registers(), vcpu.get_special_registers())
-                for vcpu in self._rig.machine.vcpus
-            ),
+            vcpus=views,
             changed=self._changes() if self._watch.pages else {},
             slots=self._slots(),
             statistics=self._statistics,
@@ -333,8 +336,8 @@ class _Run:
         assert isinstance(guest, CodeGuest), "the scenario was checked"
         assert guest.snippets is not None, "the scenario was checked"
         vcpu = self._vcpu(step.vcpu)
-        special = vcpu.get_special_registers()
-        if special.ss.dpl != step.cpl:
+        if self._levels.get(step.vcpu) != step.cpl:
+            special = vcpu.get_special_registers()
             change_level(special, step.cpl)
             vcpu.set_special_registers(special)
         vcpu.set_registers(
