@@ -24,7 +24,6 @@ BEHAVIOURS: Final = tuple(each.name for each in fields(Profile) if each.name not
 """All behaviours of a profile, in its order."""
 
 _HIDDEN: Final[Mapping[str, str]] = {
-    "rmap_recycle_threshold": "a constant of KVM, the same in all kernels; to show it takes 1002 mappings",
     "refuses_missing_table_slot": "shows only with page tables in one of KVM's own slots",
     "counts_emulate_before_retry": "shows only if an event is injected while a table is written",
     "separate_read_access": "an encoding: nothing outside of KVM sees it",

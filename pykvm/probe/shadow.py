@@ -8,7 +8,7 @@ from pykvm.machine import Kicked
 from pykvm.memory import PAGE_SIZE
 from pykvm.probe.bench import LOG, Answer, Bench, Needs, Probe
 from pykvm.probe.finding import How
-from pykvm.probe.guest import DATA, LEAF, PD, PML4, WINDOW, WINDOW_PT, Moved, ProbeError, ProbeGuest
+from pykvm.probe.guest import DATA, LEAF, PD, PML4, TABLE, WINDOW, WINDOW_PT, Moved, ProbeError, ProbeGuest
 from pykvm.x86.bits import Cr4, Pte
 
 _MOV_CR3: Final = b"\x0f\x22\xd8"
@@ -17,6 +17,11 @@ _INVLPG: Final = b"\x0f\x01\x3f"
 """invlpg [rdi]"""
 _STORE_BYTE: Final = b"\x88\x07"
 """mov [rdi], al"""
+_LOAD_EACH: Final = b"\x48\x8b\x07\x48\x81\xc7\x00\x10\x00\x00\x48\xff\xc9\x75\xf1"
+"""again: mov rax, [rdi]; add rdi, 4096; dec rcx; jnz again"""
+_ALIAS_TABLES: Final = (10, 11)
+"""Frames of tables, all of whose entries map the same page: 1024, more than the 1002 that KVM keeps."""
+_ENTRIES: Final = 512
 _NOWHERE: Final = 0x400_0000
 _UNUSED: Final = 100
 """An entry of the window's table that nobody uses."""
@@ -126,9 +131,24 @@ def _flushes_first_root(bench: Bench) -> Answer:
     return flushes > 0, How.PROBE, f"tlb_flush moves by {flushes} until a first load was done"
 
 
+def _rmap_recycle_threshold(bench: Bench) -> Answer:
+    with bench.guest() as guest:
+        for number, table in enumerate(_ALIAS_TABLES):
+            guest.set_entry(PD, 2 + number, table << 12 | TABLE)
+            for index in range(_ENTRIES):
+                guest.set_entry(table, index, DATA << 12 | LEAF)
+        with Moved(guest) as moved:
+            guest.do(_LOAD_EACH, rdi=2 * WINDOW, rcx=_ENTRIES * len(_ALIAS_TABLES))
+        longest = guest.counters()["max_mmu_rmap_size"]
+    if moved["pages_4k"] >= _ENTRIES * len(_ALIAS_TABLES):
+        raise ProbeError(f"{moved['pages_4k']} mappings of a page are kept")
+    return longest - 1, How.PROBE, f"no page has more than {longest} mappings while it gets one more"
+
+
 SHADOW_PROBES: Final = (
     Probe("lazy_cr3_sync", Needs.SHADOW, _lazy_cr3_sync),
     Probe("zaps_unsync_children", Needs.SHADOW, _zaps_unsync_children),
+    Probe("rmap_recycle_threshold", Needs.SHADOW, _rmap_recycle_threshold),
     Probe("sync_rebuilds_all", Needs.SHADOW, _sync_rebuilds_all),
     Probe("invlpg_refetches", Needs.SHADOW, _invlpg_refetches),
     Probe("smep_in_role", Needs.SHADOW, _smep_in_role),
