@@ -74,7 +74,7 @@ class Bench:
         try:
             value, how, evidence = probe.run(self)
         except (ProbeError, PykvmError) as error:
-            self.why_not[probe.behaviour] = f"the probe did not work: {error}"
+            self.why_not[probe.behaviour] = f"not shown: {error}"
         else:
             self.found[probe.behaviour] = Finding(probe.behaviour, value, how, evidence)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pykvm.errors import HostError
 from pykvm.kvm import KvmSystem
 from pykvm.probe import Detection, Evidence, Finding, How, detect, read_evidence
 from pykvm.probe.detect import BEHAVIOURS, OF_THE_HOST
@@ -92,13 +93,6 @@ def test_detection_is_quick(detection: Detection) -> None:
 # --- from findings to a known host -----------------------------------------------------------------
 
 
-class Silent:
-    """A system that no probe gets anything out of: every guest ends in an error."""
-
-    def create_machine(self) -> object:
-        raise NotImplementedError
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("era", ERAS)
 def test_known_hosts_are_told_apart(kind: str, era: str) -> None:
@@ -141,3 +135,31 @@ def test_two_dimensional_kinds_differ_by_what_walks_and_logs() -> None:
     }  # fmt: skip
     assert {kind for kind, each in kinds.items() if each.reserved_ring_entries == 576} == {"intel-ept"}
     assert {each.paging for each in kinds.values()} == set(Paging)
+
+
+@pytest.mark.kvm
+def test_a_host_whose_guests_show_nothing_is_assumed() -> None:
+    """Probes that fail leave a reason each, and a known host; nothing is raised."""
+
+    class Broken:
+        """Makes one VM, to show that it can, and then no more."""
+
+        backend, description = "kvm", "broken"
+
+        def __init__(self) -> None:
+            self.system = KvmSystem()
+            self.made = 0
+
+        def create_machine(self) -> object:
+            self.made += 1
+            if self.made > 1:
+                raise HostError("The host has no more VMs to give.")
+            return self.system.create_machine()
+
+    broken = Broken()
+    with broken.system:
+        detection = detect(broken, Evidence(), lambda number: 0)  # type: ignore[arg-type]
+    assert detection.profile.name in KINDS
+    probed = {name for name, each in detection.findings.items() if each.how is How.PROBE}
+    assert probed == set()
+    assert "no more VMs" in detection.findings["paging"].evidence
