@@ -408,6 +408,16 @@ def test_a_forward_mask_beyond_the_slot_takes_its_batch_along() -> None:
     assert rearmed(rig) == [(60, 1)]
 
 
+def test_a_mask_that_wraps_around_arms_nothing() -> None:
+    """virt/kvm/dirty_ring.c since commit 577a8d3bae05: offsets are 64-bit numbers, so 0 follows 2^64 - 1.  On
+    the model only: earlier kernels reached in front of their arrays."""
+    rig = ring_rig()
+    rig.mark(rig.slot(), 7, 0)
+    rig.ring().entries[0].offset = ALL
+    rig.harvest()
+    assert rearmed(rig) == []
+
+
 @pytest.mark.parametrize(("wrong", "lost"), [(60, True), (70, False)])
 def test_a_forward_mask_beyond_the_slot_on_kvm(system: KvmSystem, wrong: int, lost: bool) -> None:
     """The same, real: the second entry's offset is moved ``wrong`` pages behind the first one's, in a slot
