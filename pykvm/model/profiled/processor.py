@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pykvm.x86.cpuid import CpuidEntry
 
 _EMULATION: Final = 1  # KVM_INTERNAL_ERROR_EMULATION
+_DELIVERY: Final = 3  # KVM_INTERNAL_ERROR_DELIVERY_EV
 _STRING_IO: Final = frozenset({"ins", "outs"})
 _NATIVE_EXITS: Final = frozenset(
     {"in", "out", "hlt", "cpuid", "rdmsr", "wrmsr", "mov_cr", "invlpg", "invpcid", "vmcall", "vmmcall"}
@@ -361,6 +362,9 @@ class HostProcessor(HostAccess):
                 self.rollback()
                 self.begin()
                 self.mmu.enter()
+            except outcomes.EmulateInstruction:
+                # Tables or stack without memory: a delivery cannot be emulated (12.3, DELIVERY_EV).
+                raise NeedInput(InternalError(_DELIVERY, ())) from None
             else:
                 return
 
