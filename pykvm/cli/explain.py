@@ -35,9 +35,10 @@ _WIDTH: Final = 26
     help="The kind of host to explain; by default the one that runs here, else pvm-shadow.",
 )
 @click.option("--era", type=click.Choice(ERAS), help="The era of that host's KVM; by default 6.12.")
+@click.option("--walks", is_flag=True, help="Show every walk of the guest's tables with all its entries.")
 @common_options
 def command(
-    session: Session, scenario: str | None, listing: bool, profile: str | None, era: str | None
+    session: Session, scenario: str | None, listing: bool, profile: str | None, era: str | None, walks: bool
 ) -> None:
     """Run SCENARIO on the model of KVM's MMU and tell what happened in each step, and by which rule.
 
@@ -58,7 +59,7 @@ def command(
         systems = [model, *([kvm] if kvm is not None else [])]
         session.note(f"model of {model.description}" + ("" if kvm is None else f"; {kvm.description}"))
         story = tell(chosen, systems, MmuListener())
-    _show(session, chosen, example, story, [system.backend for system in systems])
+    _show(session, chosen, example, story, [system.backend for system in systems], walks=walks)
 
 
 def _find(name: str) -> tuple[Scenario, Example | None]:
@@ -98,11 +99,17 @@ def _list(session: Session) -> None:
 
 
 def _show(
-    session: Session, scenario: Scenario, example: Example | None, story: Story, backends: list[str]
+    session: Session,
+    scenario: Scenario,
+    example: Example | None,
+    story: Story,
+    backends: list[str],
+    *,
+    walks: bool,
 ) -> None:
     lines = [f"{scenario.name}: {example.title} ({example.source})" if example else scenario.name]
     for step in story.steps:
-        lines += _step(step, backends)
+        lines += _step(step, backends, walks=walks)
     difference = _difference(story)
     if difference is not None:
         lines += ["", f"The machines differ: {difference}"]
@@ -132,11 +139,14 @@ def _difference(story: Story) -> Difference | None:
     return result if isinstance(result, Difference) else None
 
 
-def _step(step: StepStory, backends: list[str]) -> list[str]:
+def _step(step: StepStory, backends: list[str], *, walks: bool) -> list[str]:
     lines = ["", f"step {step.number}: {step.action}"]
     lines += indented([f"tables: {step.walks[0]}", *step.walks[1:]] if step.walks else [])
     for what, rule in step.events:
         first, *more = f"{what} [{rule}]".split("\n")
+        if more and not walks:
+            # A walk in short: the access and how it ended.
+            first, more = f"{first.partition(',')[0]}: {more[-1].strip()}", []
         lines += [*indented([first]), *indented([line.strip() for line in more], 2)]
     shown = list(step.shown.values())
     if shown and all(each == shown[0] for each in shown):

@@ -13,8 +13,11 @@ from pykvm.crosscheck.instructions.campaign import Campaign
 from pykvm.crosscheck.instructions.case import InstructionCase
 from pykvm.crosscheck.instructions.known import TABLE
 from pykvm.crosscheck.instructions.rule import Known
+from pykvm.crosscheck.mmu_examples import EXAMPLES
 from pykvm.model.cpu import decode
 from pykvm.model.cpu.semantics import TABLE as SEMANTICS
+from pykvm.model.system import ModelSystem
+from pykvm.profiles import profile
 from pykvm.x86.bits import Rflags
 from tests.cli.runner import ROOT, invoke
 from tests.cli.test_documents import check_keys
@@ -159,3 +162,52 @@ def documented(page: str) -> set[str]:
 def test_every_known_difference_is_documented(rule: Known) -> None:
     page = "kvm-findings.md" if rule.who in {"kvm", "tcg"} else "crosscheck.md"
     assert rule.name in documented(page)
+
+
+# --- scenarios of KVM's MMU -----------------------------------------------------------------------
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("level", ["L2", "L3"])
+def test_scenarios_of_the_mmu_agree(capfd: pytest.CaptureFixture[str], tmp_path: Path, level: str) -> None:
+    arguments = ("--kind", "scenarios", "--level", level, "--seed", "11", "--count", "12")
+    done = invoke(capfd, "crosscheck", *arguments, "--save", str(tmp_path / "none"), "--json")
+    assert done.status == 0, done.err
+    check_keys("pykvm crosscheck", done.document)
+    compared = done.document["coverage"]["mmu"]
+    assert (compared["level"], compared["cases"]) == (level, 12)
+    assert compared["counters"] > compared["steps"] > 100
+    assert f"again with: pykvm crosscheck --seed 11 --kind scenarios --cases 12 --level {level}" in done.err
+    assert "model of " in done.err
+    assert not (tmp_path / "none").exists()
+
+
+def test_only_scenarios_have_a_level(capfd: pytest.CaptureFixture[str]) -> None:
+    done = invoke(capfd, "crosscheck", "--kind", "paging", "--level", "L3")
+    assert done.status == 2
+    assert "Only scenarios have a level" in done.err
+
+
+@pytest.mark.kvm
+def test_a_scenario_of_the_mmu_is_replayed_at_l3(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "case.json"
+    EXAMPLES["store-load"].scenario.save(path)
+    done = invoke(capfd, "replay", str(path), "--steps")
+    assert done.status == 0, done.err
+    assert "Both machines agree about 1 steps." in done.out
+    assert done.err.count("    ring: 0:0x10 0:0x11 0:0x12 0:0x13 0:0x13 0:0x5 0:0x13") == 2
+
+
+@pytest.mark.kvm
+def test_a_model_of_another_host_disagrees_and_it_is_told(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = ModelSystem(profile=profile("amd-npt", "6.12"))
+    monkeypatch.setattr("pykvm.cli.crosscheck.open_model", lambda kvm: wrong)
+    arguments = ("--kind", "scenarios", "--level", "L3", "--seed", "1", "--count", "1")
+    done = invoke(capfd, "crosscheck", *arguments, "--save", str(tmp_path), "--json")
+    assert done.status == 13
+    (found,) = done.document["disagreements"]
+    (saved,) = tmp_path.iterdir()
+    assert found["replay"] == f"pykvm replay {saved}"
+    assert "Rule: " in found["text"]
