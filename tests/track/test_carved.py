@@ -462,14 +462,17 @@ def test_two_writers_of_one_page_are_reported_in_the_order_that_memory_had(
             if guest.memory.read(at, PAGE_SIZE) != shadow:
                 wrong.append(Write(gpa, new))
 
+        def mine(low: bool) -> list[int]:
+            values = [int.from_bytes(call.new, "little") for call in guest.recorder.writes]
+            return [value for value in values if (value < 1 << 32) == low]
+
         guest.tracker.register(Recorder(replay))
         with Threads(guest):
-            wait_for(lambda: len(guest.recorder.calls) > 300)
+            wait_for(lambda: all(len(mine(low)) > 50 for low in (True, False)))
         assert wrong == []
-        values = [int.from_bytes(call.new, "little") for call in guest.recorder.writes]
         for low in (True, False):
-            mine = [value for value in values if (value < 1 << 32) == low]
-            assert mine == list(range(mine[0], mine[0] + len(mine)))
+            values = mine(low)
+            assert values == list(range(values[0], values[0] + len(values)))
         assert guest.memory.read(at, 8) == guest.recorder.writes[-1].new
 
 
