@@ -12,11 +12,10 @@ CPL 0, 8 that of CPL 3, and 180 to 1ff for further tables.
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cache
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -26,8 +25,9 @@ import pytest
 from pykvm.kvm import KvmSystem
 from pykvm.machine import DirtyRingFull, Exit, IoOut, Machine, Registers, Slot, SlotFlags, System, Vcpu
 from pykvm.memory import PAGE_SIZE, GuestMemory
-from pykvm.model.mmu.profile import DEVELOPMENT_HOST, Profile, profile
 from pykvm.model.system import ModelSystem
+from pykvm.probe import detect, read_evidence
+from pykvm.profiles import DEVELOPMENT_HOST, Profile, profile
 from pykvm.x86.bits import Rflags
 from pykvm.x86.cpuid import CpuidEntry
 from pykvm.x86.registers import DescriptorTable, Segment, SpecialRegisters
@@ -86,47 +86,17 @@ class Host:
         return self.system.backend == "kvm"
 
 
-def _parameter(module: str, name: str) -> str:
-    try:
-        return (Path("/sys/module") / module / "parameters" / name).read_text().strip()
-    except OSError:
-        return ""
-
-
+@cache
 def real_profile() -> Profile:
-    """The profile of this machine's KVM, for what a row has to expect of it."""
-    release = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
-    era = (
-        "7.2"
-        if release >= (6, 19)
-        else "6.18"
-        if release >= (6, 13)
-        else "6.12"
-        if release >= (6, 4)
-        else "6.1"
-    )
-    if Path("/sys/module/kvm_pvm").exists():
-        return profile("pvm-shadow", era)
-    if Path("/sys/module/kvm_amd").exists():
-        if _parameter("kvm_amd", "npt") in ("N", "0"):
-            return profile("amd-shadow", era)
-        return profile("amd-npt" if _parameter("kvm", "tdp_mmu") != "N" else "amd-npt-oldmmu", era)
-    if _parameter("kvm_intel", "ept") in ("N", "0"):
-        return profile("intel-shadow", era)
-    if _parameter("kvm_intel", "eptad") in ("N", "0"):
-        return profile("intel-ept-noad", era)
-    return profile("intel-ept" if _parameter("kvm_intel", "pml") != "N" else "intel-ept-nopml", era)
-
-
-def _model_has_profiles() -> bool:
-    return "profile" in ModelSystem.__init__.__annotations__
+    """The profile of this machine's KVM as found by probes, for what a row has to expect of it."""
+    with KvmSystem() as system:
+        return detect(system, read_evidence(), system.check_extension).profile
 
 
 def _param(name: str) -> Any:
     if name == "kvm":
         return pytest.param("kvm", id="kvm", marks=pytest.mark.kvm)
-    marks = [] if _model_has_profiles() else [pytest.mark.skip(reason="the model cannot take a profile yet")]
-    return pytest.param(name, id=f"model {name}", marks=marks)
+    return pytest.param(name, id=f"model {name}")
 
 
 def hosts(*profiles: str, kvm: bool = True) -> pytest.MarkDecorator:
@@ -146,7 +116,7 @@ def open_host(name: str) -> Host:
     if name == "kvm":
         return Host(KvmSystem(), real_profile())
     wanted = profile(*name.split())
-    return Host(ModelSystem(profile=wanted), wanted)  # type: ignore[call-arg,unused-ignore]
+    return Host(ModelSystem(profile=wanted), wanted)
 
 
 @pytest.fixture
