@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from itertools import zip_longest
+from operator import attrgetter
 from typing import Final
 
 from pykvm.crosscheck.counters import differing, rule_of
@@ -21,16 +22,19 @@ from pykvm.crosscheck.emulated_steps import tcg_bug
 from pykvm.crosscheck.loss import first_loss
 from pykvm.crosscheck.rules import comparable, excusing, may_stand, same_exit
 from pykvm.crosscheck.steps import describe
-from pykvm.crosscheck.trace import StepTrace, Trace
+from pykvm.crosscheck.trace import StepTrace, Trace, VcpuView
 from pykvm.errors import UsageError
 from pykvm.machine import Exit, InternalError
 from pykvm.machine.emulation import QEMU_TCG, emulator
 from pykvm.memory import PAGE_SIZE
+from pykvm.x86.bits import Rflags
+from pykvm.x86.registers import GENERAL, SEGMENTS
 
 _EMULATION: Final = 1
 """The suberror of KVM_EXIT_INTERNAL_ERROR for an instruction that KVM's emulator lacks."""
 
 
+_NEVER_COMPARED: Final = int(Rflags.RF | Rflags.IF | Rflags.IOPL3)
 _MOST_ENTRIES: Final = 12
 """Ring entries that a difference shows."""
 
@@ -323,6 +327,8 @@ def _state_differences(
     if one.vcpus == other.vcpus and one.changed == other.changed and one.translated == other.translated:
         return
     for number, views in enumerate(zip(one.vcpus, other.vcpus, strict=True)):
+        if _obviously_equal(*views):
+            continue
         left, right = (comparable(view) for view in views)
         if may_stand(last.get(number), views[0].registers, views[1].registers):
             left["rip"] = right["rip"]
@@ -339,6 +345,20 @@ def _state_differences(
         if contents[0] != contents[1]:
             what, values = _memory_difference(page, *contents)
             yield what, values, "SDM vol. 2, and vol. 3, 4.8 for accessed and dirty bits"
+
+
+_GENERAL: Final = attrgetter(*GENERAL, "rip")
+_SPECIAL: Final = attrgetter(*SEGMENTS, "gdt", "idt", "cr0", "cr2", "cr3", "cr4", "efer")
+
+
+def _obviously_equal(one: VcpuView, other: VcpuView) -> bool:
+    """Whether all that ``comparable`` looks at is equal, found out without taking it apart."""
+    return (
+        not (one.registers.rflags ^ other.registers.rflags) & ~_NEVER_COMPARED
+        and _GENERAL(one.registers) == _GENERAL(other.registers)
+        and _SPECIAL(one.special) == _SPECIAL(other.special)
+        and (one.special.ss.dpl == 3 or one.registers.rflags == other.registers.rflags)
+    )
 
 
 def _hex(value: int | None) -> str:

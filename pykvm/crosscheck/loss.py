@@ -53,6 +53,30 @@ def first_loss(trace: Trace, witness: Trace) -> Loss | None:
     return None
 
 
+def lost_pages(trace: Trace) -> dict[int, tuple[tuple[int, int], ...]]:
+    """By number of the step that collects: the pages, (slot, gfn) each, that were written and are in no log.
+
+    Of a trace with counters, so that the entries of a ring count even where a harvest is refused because the
+    ring overflowed.  What the host gives up by a step is not told apart from what KVM loses.
+    """
+    found: dict[int, tuple[tuple[int, int], ...]] = {}
+    pending: set[tuple[int, int]] = set()
+    slots = trace.start
+    for step in trace.steps:
+        if isinstance(step.step, (*_GUEST_STEPS, plan.Access)):
+            pending |= {place for page in step.changed if (place := _logged_place(page, slots)) is not None}
+        bases = {slot.slot: slot.gpa // PAGE_SIZE for slot in slots}
+        pending -= {(slot, offset) for _, slot, offset in step.pushed}
+        pending -= {(slot, gfn - bases[slot]) for slot, gfn in step.dirty or ()}
+        if isinstance(step.step, plan.Collect | plan.Harvest):
+            asked = {step.step.slot} if isinstance(step.step, plan.Collect) else set(bases)
+            lost = {place for place in pending if place[0] in asked}
+            found[step.number] = tuple(sorted((slot, bases[slot] + page) for slot, page in lost))
+            pending -= lost
+        slots = step.slots
+    return found
+
+
 def _logged_place(page: Page, slots: tuple[SlotPlan, ...]) -> tuple[int, int] | None:
     """The (slot, page of the slot) that must report a change of ``page``, or None."""
     memory, number = page

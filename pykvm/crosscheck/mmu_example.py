@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from pykvm.crosscheck.loss import lost_pages
 from pykvm.crosscheck.scenario import Scenario
-from pykvm.crosscheck.trace import Trace
+from pykvm.crosscheck.trace import StepTrace, Trace
+from pykvm.machine import IoOut
 
 
 class HostKind(Enum):
@@ -25,7 +27,8 @@ class Expected:
 
     ``counters``: how far they move.  ``ring``: the entries pushed, by gfn.  ``harvested``: how many were
     taken out.  ``dirty``: what is collected, by gfn.  ``exits``: their types.  ``refused``: the error, empty
-    for none.
+    for none.  ``outs``: port and value of each OUT.  ``changed`` and ``unchanged``: pages of memory 0 whose
+    contents did and did not change.  ``lost``: written pages that no log names, by gfn.
     """
 
     step: int
@@ -35,6 +38,10 @@ class Expected:
     dirty: tuple[int, ...] | None = None
     exits: tuple[str, ...] | None = None
     refused: str | None = None
+    outs: tuple[tuple[int, int], ...] | None = None
+    changed: tuple[int, ...] = ()
+    unchanged: tuple[int, ...] = ()
+    lost: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +78,27 @@ def mismatches(example: Example, trace: Trace) -> list[str]:
         ]
         if step.dirty is not None:
             seen_values.append(("dirty", expected.dirty, tuple(gfn for _, gfn in step.dirty)))
+        if expected.outs is not None:
+            seen_values.append(("OUTs", _flat(expected.outs), _flat(_outs(step))))
+        if expected.lost is not None:
+            lost = tuple(gfn for _, gfn in lost_pages(trace).get(expected.step, ()))
+            seen_values.append(("lost", expected.lost, lost))
+        for gfns, words in ((expected.changed, "stayed as it was"), (expected.unchanged, "changed")):
+            wrong = [gfn for gfn in gfns if ((0, gfn) in step.changed) is (words == "changed")]
+            found += [f"step {expected.step}: the page of gfn {gfn:x} {words}" for gfn in wrong]
         for what, wanted, seen_value in seen_values:
             if wanted is not None and wanted != seen_value:
                 found.append(f"step {expected.step}: {what} {_words(seen_value)}, not {_words(wanted)}")
     return found
+
+
+def _outs(step: StepTrace) -> tuple[tuple[int, int], ...]:
+    outs = [reason for reason in step.exits if isinstance(reason, IoOut)]
+    return tuple((out.port, int.from_bytes(out.data, "little")) for out in outs)
+
+
+def _flat(pairs: tuple[tuple[int, int], ...]) -> tuple[str, ...]:
+    return tuple(f"{port:x}:{value:x}" for port, value in pairs)
 
 
 def _words(value: object) -> str:

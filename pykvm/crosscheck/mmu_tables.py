@@ -44,7 +44,7 @@ _INDICES: Final = {
 }
 """Which entries are used at a level; index 0 of the root leads to the system's pages, 256 is refused by some
 hosts (hosts.md C.1)."""
-_MOST_WAYS: Final = 400
+_MOST_WAYS: Final = 250
 _FREE: Final = int(Pte.RW | Pte.US)
 _PRESENT, _LARGE = int(Pte.P), int(Pte.PS)
 

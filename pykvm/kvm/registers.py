@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from pykvm.abi import ffi, lib
@@ -28,6 +29,7 @@ _REGS = struct.Struct("<18Q")
 _NAMES = (*GENERAL, "rip", "rflags")
 # struct kvm_segment is the fields of Segment in their order, then a byte of padding.
 _SEGMENT = struct.Struct("<QIH9Bx")
+_FIELDS = attrgetter(*SEGMENT_FIELDS)
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")
 
 _SREGS_REFUSALS: Refusals = {
@@ -42,10 +44,12 @@ _SREGS_REFUSALS: Refusals = {
 
 def fill_special(sregs: CData, value: SpecialRegisters) -> None:
     """Write the fields that kvm_sregs and kvm_sregs2 share."""
-    for name in SEGMENTS:
-        target, segment = getattr(sregs, name), getattr(value, name)
-        for field in SEGMENT_FIELDS:
-            setattr(target, field, getattr(segment, field))
+    # SAFETY: both structures begin with the eight segments, in the order of SEGMENTS.
+    room = ffi.buffer(ffi.addressof(sregs, "cs"), len(SEGMENTS) * _SEGMENT.size)
+    try:
+        room[:] = b"".join(_SEGMENT.pack(*_FIELDS(getattr(value, name))) for name in SEGMENTS)
+    except struct.error as error:
+        raise OverflowError(f"a segment: {error}") from None
     sregs.tr.type = task_segment_type(value.tr.type)
     for name in ("gdt", "idt"):
         table = getattr(value, name)

@@ -7,6 +7,7 @@ import errno
 import os
 import struct
 import threading
+from functools import lru_cache
 from typing import NamedTuple
 
 from pykvm.abi import lib
@@ -88,21 +89,7 @@ class StatisticsFd(Managed):
         identity = _text(self._read(id_offset, name_size))
         stride = _DESCRIPTOR.size + name_size
         block = self._read(desc_offset, stride * count)
-        entries = []
-        for position in range(0, stride * count, stride):
-            flags, exponent, size, offset, bucket_size = _DESCRIPTOR.unpack_from(block, position)
-            entries.append(
-                _Entry(
-                    _text(block[position + _DESCRIPTOR.size : position + stride]),
-                    struct.Struct(f"<{size}Q"),
-                    offset,
-                    _known(StatisticType, flags & 0xF),
-                    _known(StatisticUnit, flags >> 4 & 0xF),
-                    _BASES.get(flags >> 8 & 0xF, 10),
-                    exponent,
-                    bucket_size,
-                )
-            )
+        entries = _entries(block, stride)
         return identity, entries, data_offset, max(e.offset + e.values.size for e in entries)
 
     def _read(self, offset: int, size: int) -> bytes:
@@ -115,6 +102,27 @@ class StatisticsFd(Managed):
     def close(self) -> None:
         with self._lock:
             super().close()
+
+
+@lru_cache(maxsize=16)
+def _entries(block: bytes, stride: int) -> list[_Entry]:
+    """What descriptors of ``stride`` bytes say: the same for all VMs of a kernel, and for all vCPUs."""
+    entries = []
+    for position in range(0, len(block), stride):
+        flags, exponent, size, offset, bucket_size = _DESCRIPTOR.unpack_from(block, position)
+        entries.append(
+            _Entry(
+                _text(block[position + _DESCRIPTOR.size : position + stride]),
+                struct.Struct(f"<{size}Q"),
+                offset,
+                _known(StatisticType, flags & 0xF),
+                _known(StatisticUnit, flags >> 4 & 0xF),
+                _BASES.get(flags >> 8 & 0xF, 10),
+                exponent,
+                bucket_size,
+            )
+        )
+    return entries
 
 
 def _text(field: bytes) -> str:
