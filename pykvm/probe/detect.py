@@ -16,7 +16,9 @@ from pykvm.probe.shadow import SHADOW_PROBES
 from pykvm.probe.tdp import TDP_PROBES
 from pykvm.profiles import ERAS, Paging, Profile, profile
 
-OF_THE_HOST: Final = frozenset({"physical_bits", "pages_1g", "external_write_tracking"})
+OF_THE_HOST: Final = frozenset(
+    {"physical_bits", "pages_1g", "external_write_tracking", "execution", "tdp_root_level"}
+)
 """What differs from processor to processor, and from one build of a kernel to another: a host may differ in
 these and still be equal to the known one."""
 

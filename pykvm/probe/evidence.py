@@ -6,6 +6,7 @@ are root's on many hosts, module parameters are absent where KVM is built in wit
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +23,13 @@ _FALSE: Final = ("N", "0", "never")
 @dataclass(frozen=True)
 class Evidence:
     """``parameters`` by module; ``flags`` of the processor, with VMX's own among them ("vmx:ept" and so on);
-    ``symbols``: those of write tracking that the kernel has, None if it does not say."""
+    ``symbols``: those of write tracking that the kernel has, None if it does not say; ``emulator``: what the
+    host's processor or the lab around it says to be, empty for hardware."""
 
     parameters: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     flags: frozenset[str] = frozenset()
     symbols: frozenset[str] | None = None
+    emulator: str = ""
 
     def parameter(self, *names: str) -> tuple[str, str] | None:
         """The first parameter that the host has of ``module.name``: that, and its text."""
@@ -84,6 +87,11 @@ def _flags(cpuinfo: str) -> frozenset[str]:
     return frozenset(flags)
 
 
+def _emulator(cpuinfo: str) -> str:
+    """QEMU's TCG names itself; a lab says which emulator carries it."""
+    return "qemu-tcg" if "QEMU TCG" in cpuinfo else os.environ.get("PYKVM_LAB_EMULATOR", "")
+
+
 def _symbols(path: Path) -> frozenset[str] | None:
     """Which of the symbols that matter the kernel has; names are there even where addresses are hidden."""
     try:
@@ -107,6 +115,7 @@ def read_evidence(root: Path = Path("/")) -> Evidence:
         parameters={path.name: _parameters(path) for path in sorted((root / "sys/module").glob("kvm*"))},
         flags=_flags(_text(root / "proc/cpuinfo")),
         symbols=_symbols(root / "proc/kallsyms"),
+        emulator=_emulator(_text(root / "proc/cpuinfo")),
     )
 
 

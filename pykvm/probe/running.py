@@ -11,7 +11,7 @@ from pykvm.memory import PAGE_SIZE
 from pykvm.probe.bench import LOG, Answer, Bench, Needs, Probe, counts_of_a_new_slot, from_switch
 from pykvm.probe.finding import How
 from pykvm.probe.guest import DATA, HOLE, LOAD, PD, PDPT, PML4, PT, TSS, WINDOW_PT, Moved, ProbeError
-from pykvm.profiles import Paging
+from pykvm.profiles import Execution, Paging
 from pykvm.x86.bits import Cr4, Pte
 from pykvm.x86.cpuid import find, has_1g_pages, physical_address_bits
 
@@ -235,6 +235,22 @@ def _eager_page_split(bench: Bench) -> Answer:
     return from_switch(bench, "kvm.eager_page_split")
 
 
+def _execution(bench: Bench) -> Answer:
+    named = bench.evidence.emulator
+    for emulator in (Execution.TCG, Execution.BOCHS):
+        if named.startswith(emulator.value):
+            return emulator, How.CAPABILITY, f"the host is emulated by {named}"
+    return Execution.HARDWARE, How.CAPABILITY, "nothing says that the host is emulated"
+
+
+def _tdp_root_level(bench: Bench) -> Answer:
+    flags = bench.evidence.flags
+    if bench.value("paging") is Paging.NPT:
+        flag = "la57" in flags
+        return 5 if flag else 4, How.CAPABILITY, f"the host {'runs' if flag else 'does not run'} with LA57"
+    return 4, How.ASSUMED, "shows only in counters of the older MMU"
+
+
 KIND_PROBES: Final = (
     Probe("emulates_all_but_user", Needs.ANY, _emulates_all_but_user),
     Probe("emulation_batch", Needs.EMULATED, _emulation_batch),
@@ -252,6 +268,8 @@ OTHER_PROBES: Final = (
     Probe("nx_huge_pages", Needs.ANY, _nx_huge_pages),
     Probe("eager_page_split", Needs.ANY, _eager_page_split),
     Probe("physical_bits", Needs.ANY, _physical_bits),
+    Probe("execution", Needs.ANY, _execution),
+    Probe("tdp_root_level", Needs.TDP, _tdp_root_level),
     Probe("reads_io_bitmap", Needs.ANY, _reads_io_bitmap),
     Probe("exit_per_emulated_user_failure", Needs.ANY, _exit_per_emulated_user_failure),
     Probe("retries_always", Needs.ANY, _retries_always),

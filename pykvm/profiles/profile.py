@@ -22,6 +22,25 @@ class Paging(Enum):
     """Intel's extended page tables."""
 
 
+class Execution(Enum):
+    """What carries out the code that a host runs natively.
+
+    Most hosts of kinds other than one's own are watched under an emulator (docs/labs.md), and where that
+    deviates from the processor it stands for, so do the faults that KVM gets to see.
+    """
+
+    HARDWARE = "hardware"
+    """A processor by its manual."""
+    TCG = "qemu-tcg"
+    """QEMU 10: an instruction that reads and writes an operand does so with two accesses, so that it faults
+    as a read first; CLFLUSH accesses nothing; SVM lacks DecodeAssists, and KVM emulates MOV to CR0 and CR4;
+    with NPT a #PF for a reserved bit has P = 0, bit 8 of a PML4E is not reserved, and a PDPTE gets an A
+    flag."""
+    BOCHS = "bochs"
+    """Bochs 3: with EPT without A/D, setting A and D in a guest table is no write for EPT, so that neither
+    write protection nor a log sees it."""
+
+
 class WriteTrackAllocation(Enum):
     """When the 2-byte write-track counts of a slot's pages are allocated where TDP is on (kvm-mmu.md 9).
 
@@ -54,6 +73,8 @@ class Profile:
     pages_1g: bool = True
     """The host's second-stage or shadow tables may have 1 GiB leaves: NPT always, EPT where the processor has
     them, shadow tables where the guest may have them (CPUID PDPE1GB; not on kvm_pvm, hosts.md B.8)."""
+    execution: Execution = Execution.HARDWARE
+    """What carries out native code: a processor, or which emulator of one (docs/reference/labs.md)."""
     tdp_root_level: int = 4
     """Levels of the second-stage tables: with NPT those of the host's own paging (5 with LA57), with EPT 5
     where the processor has them and MAXPHYADDR exceeds 48.  Only the older MMU's counters tell."""

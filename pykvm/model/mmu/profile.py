@@ -4,10 +4,20 @@ from pykvm.profiles import (
     DEVELOPMENT_HOST,
     ERAS,
     KINDS,
+    Execution,
     Paging,
     Profile,
     WriteTrackAllocation,
     profile,
 )
 
-__all__ = ["DEVELOPMENT_HOST", "ERAS", "KINDS", "Paging", "Profile", "WriteTrackAllocation", "profile"]
+__all__ = [
+    "DEVELOPMENT_HOST",
+    "ERAS",
+    "KINDS",
+    "Execution",
+    "Paging",
+    "Profile",
+    "WriteTrackAllocation",
+    "profile",
+]

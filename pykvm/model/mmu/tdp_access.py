@@ -12,6 +12,8 @@ Where the architecture leaves open what happens, the model decides:
   a control register.  A processor may drop any translation at any time, and the emulated ones under which KVM
   can be watched do so at each exit.  Translations of other PCIDs are therefore not kept either.
 * PAE: with NPT the PDPTEs are read from memory in each walk, with EPT from their registers.
+
+Where a profile says that an emulator runs the guest, its deviations apply (``pykvm.profiles.Execution``).
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ from pykvm.model.mmu.guest_walk import forbids, read_entry
 from pykvm.model.mmu.outcomes import GuestPageFault, Refault, RetPf
 from pykvm.model.mmu.page_fault import page_fault
 from pykvm.model.mmu.pml import PmlBuffer
-from pykvm.model.mmu.profile import Paging
+from pykvm.model.mmu.profile import Execution, Paging
 from pykvm.model.mmu.spte import NX, A, D, P, W
 from pykvm.model.mmu.tdp_fault import direct_page_fault, mmio_spte_is_current
 from pykvm.model.mmu.tdp_stage import DirectPages, SecondStage
 from pykvm.model.paging import Control, walk
-from pykvm.model.paging_format import ADDRESS, PAE, Access, format_of, page_address
-from pykvm.x86.bits import Cr0, Cr4, Pte
+from pykvm.model.paging_format import ADDRESS, PAE, Access, Format, format_of, page_address
+from pykvm.x86.bits import Cr0, Cr4, PageFault, Pte
 
 if TYPE_CHECKING:
     from pykvm.model.mmu.memslots import Memslot
@@ -41,6 +43,7 @@ _KIND_WRITE, _KIND_FETCH = int(Access.WRITE), int(Access.FETCH)
 _GUEST_P, _GUEST_RW, _GUEST_US, _GUEST_A, _GUEST_D, _GUEST_XD = (
     int(bit) for bit in (Pte.P, Pte.RW, Pte.US, Pte.A, Pte.D, Pte.NX)
 )
+_GUEST_RSVD: Final = int(PageFault.RSVD)
 _PG: Final = int(Cr0.PG)
 _KEYS: Final = int(Cr4.PKE | Cr4.PKS)
 
@@ -62,6 +65,8 @@ class TdpAccess:
         profile = mmu.profile
         self._npt = profile.paging is Paging.NPT
         self._walks_write = profile.walks_write_tables
+        self._tcg = profile.execution is Execution.TCG
+        self._checks_flags = not self._walks_write and profile.execution is not Execution.BOCHS
         self._read_needs = P | A if self._walks_write else P
         self._write_needs = P | W | A | D if self._walks_write else P | W
         self.pml = PmlBuffer(vcpu) if profile.pml else None
@@ -70,7 +75,7 @@ class TdpAccess:
         self._filled = False
         self._lookup = mmu.memslots.lookup
         self._control = vcpu.control
-        self._format = format_of(vcpu.control)
+        self._format = self._form(vcpu.control)
         """The guest's paging mode, of ``_control``."""
         self.root: SecondStage = self._load()
 
@@ -101,6 +106,10 @@ class TdpAccess:
             if access & _KIND_WRITE:
                 self._tlb[access & ~_KIND_WRITE][linear >> 12] = gpa & -4096
             return gpa
+
+    def _form(self, control: Control) -> Format:
+        """The guest's paging mode, with the reserved bits that the processor minds."""
+        return format_of(control._replace(amd=False) if self._tcg else control)
 
     def _load(self) -> SecondStage:
         """The tables that the processor walks: the TDP MMU's, or direct shadow pages."""
@@ -159,7 +168,7 @@ class TdpAccess:
         """
         if control is not self._control:
             self._control = control
-            self._format = format_of(control)
+            self._format = self._form(control)
         form = self._format
         small = self.root.small
         needs = self._write_needs if self._walks_write else self._read_needs
@@ -220,7 +229,7 @@ class TdpAccess:
 
     def _update(self, slot: Memslot, gfn: int, index: int, entry: int, size: int) -> None:
         """The processor sets flags in an entry of a guest table: a write, where the walk was none yet."""
-        if not self._walks_write:
+        if self._checks_flags:
             spte = self.root.leaf(gfn)[0]
             if spte & self._write_needs != self._write_needs:
                 self._write((gfn << 12) + index * size, spte, GUEST_PAGE)
@@ -244,7 +253,12 @@ class TdpAccess:
         if spte & self._write_needs != self._write_needs:
             self._write(gpa, spte, GUEST_PAGE)
         slot = self._lookup(gfn, self._vcpu.load_as_id)
-        return 0 if slot is None else read_entry(slot, gfn, (gpa & 0xFFF) >> 3, 8)
+        assert slot is not None, "the second stage maps slots only"
+        index = (gpa & 0xFFF) >> 3
+        entry = read_entry(slot, gfn, index, 8)
+        if self._tcg and entry & _GUEST_P:
+            _write_entry(slot, gfn, index, 8, entry | _GUEST_A)
+        return entry
 
     def _judge(self, control: Control, linear: int, access: int) -> GuestPageFault | None:
         """The architecture's word on an access whose tables were all reached."""
@@ -254,11 +268,18 @@ class TdpAccess:
             slot = self._lookup(gfn, self._vcpu.load_as_id)
             return None if slot is None else read_entry(slot, gfn, (gpa & 0xFFF) // size, size)
 
+        if self._tcg:
+            control = control._replace(amd=False)
         if self._npt and self._format.name is PAE:
             pdptrs = tuple(read((control.cr3 & 0xFFFFFFE0) + 8 * number, 8) or 0 for number in range(4))
             control = control._replace(pdptrs=(pdptrs[0], pdptrs[1], pdptrs[2], pdptrs[3]))
         found = walk(read, control, linear, Access(access))
-        return None if found.error is None else GuestPageFault(found.error, linear, injected=False)
+        if found.error is None:
+            return None
+        error = found.error
+        if self._tcg and error & _GUEST_RSVD:
+            error &= ~_GUEST_P
+        return GuestPageFault(error, linear, injected=False)
 
     def _denied(self, control: Control, linear: int, access: int) -> GuestPageFault:
         fault = self._judge(control, linear, access)
