@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import log2
+from math import ceil, log2
 from typing import Final
 
 from pykvm.errors import RingSizeError
@@ -54,15 +54,15 @@ def _emulation_batch(bench: Bench) -> Answer:
     with bench.guest() as guest:
         guest.do(b"", cpl=0)
         instructions, exits = _BATCHES * 1024, []
-        for _ in range(3):
+        for _ in range(5):
             with Moved(guest) as moved:
                 guest.do(_COUNT_DOWN, cpl=0, rcx=instructions // 2)
             exits.append(moved["exits"])
     if min(exits) < 2:
         raise ProbeError("batches do not count as exits here")
-    # One exit is the port's.  An interrupt of the host may end a batch early and so add one: the nearest
-    # power of two is what is meant.
-    batch = 1 << round(log2(instructions / (min(exits) - 1)))
+    # One exit is the port's.  An interrupt of the host may end a batch early and so add one, but nothing
+    # saves one: the next power of two is what is meant.
+    batch = 1 << ceil(log2(instructions / (min(exits) - 1)))
     return batch, How.PROBE, f"{instructions} instructions in {min(exits)} exits"
 
 
