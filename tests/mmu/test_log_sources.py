@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from pykvm.machine import SlotFlags
 from pykvm.memory import PAGE_SIZE
@@ -25,7 +26,7 @@ from tests.mmu_rig import (
 
 VA = DATA << 12
 PAGES = 0x2400
-KVMCLOCK, WALL_CLOCK, STEAL_TIME = 0x4B564D01, 0x4B564D00, 0x4B564D03
+WALL_CLOCK, KVMCLOCK, STEAL_TIME, PV_EOI = 0x4B564D00, 0x4B564D01, 0x4B564D03, 0x4B564D04
 on_kvm = hosts()
 """What the model's machine does not have: paravirtual clocks."""
 
@@ -117,6 +118,21 @@ def test_steal_time_is_written_at_every_load_of_the_vcpu(shadow: Host) -> None:
         for _ in range(3):
             rig.run(b"")
             assert rig.dirty() == [DATA]
+
+
+@on_kvm
+def test_the_end_of_interrupt_flag_without_interrupts(shadow: Host) -> None:
+    """E: PV EOI: no mark without APIC activity."""
+
+    def with_irqchip(machine: Any) -> None:
+        machine.create_irqchip()
+
+    with Rig(shadow, pages=PAGES, prepare=with_irqchip) as rig:
+        rig.prime()
+        rig.vcpu.set_msrs({PV_EOI: VA | 1})
+        for _ in range(3):
+            rig.run(b"")
+            assert rig.dirty() == []
 
 
 @on_kvm

@@ -29,7 +29,7 @@ from tests.mmu_rig import (
     hosts,
 )
 
-pytestmark = hosts(*NPT)
+pytestmark = hosts(*NPT, "intel-ept-nopml 6.12")
 VA = DATA << 12
 PATH = [PML4, PDPT, PD, PT]
 
