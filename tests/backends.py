@@ -46,8 +46,8 @@ def borrow(
 ) -> None:
     """Fill a test module with the tests and fixtures of ``module``, to run on the model.
 
-    ``profiled``: with KVM's MMU of the host that was measured first.  ``without`` are the tests that need what only the kernel has.  A name there that does not exist is an
-    error, so the list stays true.
+    ``profiled``: with KVM's MMU of the host that was measured first.  ``without`` are the tests that need
+    what only the kernel has.  A name there that does not exist is an error, so the list stays true.
     """
     source = vars(importlib.import_module(module))
     tests = [name for name in source if name.startswith("test_")]

@@ -59,6 +59,9 @@ class MemoryAccess(State):
     emulating = False
     """Whether a hypervisor's emulator carries the instruction out, not a processor; never here."""
 
+    lenient = False
+    """Whether a host module carries the instruction out, which does not look at alignment; never here."""
+
     def __init__(self, bus: Bus, cpuid: Sequence[CpuidEntry]) -> None:
         super().__init__(cpuid)
         self.bus = bus

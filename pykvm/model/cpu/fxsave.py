@@ -27,7 +27,7 @@ def area(cpu: Processor, insn: Instruction, size: int, alignment: int, write: bo
     (operand,) = insn.operands
     assert isinstance(operand, Memory)
     address = cpu.linear(operand.segment, operand.offset(cpu), size, write)
-    if address & alignment - 1:
+    if address & alignment - 1 and not cpu.lenient:
         raise Fault.gp()
     return address
 

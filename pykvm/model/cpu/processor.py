@@ -160,7 +160,7 @@ class Processor(MemoryAccess):
             self.debug_hits = 0
 
     def enter_handler(self, event: gates.Event) -> None:
-        """Go to the handler of an event between instructions; see gates.enter."""
+        """Go to the handler of an event; see gates.enter."""
         gates.enter(self, event)
 
     def begin(self) -> None:

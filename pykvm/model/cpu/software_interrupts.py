@@ -24,7 +24,7 @@ _GENERAL_DETECT: Final = 1 << 13
 
 def _interrupt(cpu: Processor, vector: int, *, software: bool = True) -> None:
     """The return address is the next instruction.  TF is clear in the handler: no trap follows."""
-    gates.enter(cpu, gates.Event(vector, None, software, cpu.next_rip, cpu.rflags))
+    cpu.enter_handler(gates.Event(vector, None, software, cpu.next_rip, cpu.rflags))
     cpu.single_step = False
 
 

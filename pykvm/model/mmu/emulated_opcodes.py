@@ -123,5 +123,9 @@ STANDARD_WRITES: Final = frozenset({"sgdt", "sidt", "fxsave", "fxsave64"})
 """Stores by ``write_std``: marked dirty, unheard by track_write (12.4)."""
 GATHERED: Final = frozenset({"fxsave", "fxsave64"})
 """Instructions whose stores are one write."""
+LENIENT: Final = frozenset({"fxsave", "fxsave64", "fxrstor", "fxrstor64"})
+"""Those of the host's own that take any alignment."""
+READ_FIRST: Final = frozenset({"sldt", "str"})
+"""Plain stores that the emulator takes for updates: it reads their operand first."""
 EXCHANGES: Final = frozenset({"xchg"})
 """Locked without a prefix."""

@@ -48,6 +48,7 @@ class HostAccess(Processor):
         """The emulator's stores go by write_std."""
         self.gathering = False
         """The emulator's stores are put together and made as one."""
+        self._gathered: list[tuple[int, bytes]] = []
         self.locking = False
         """The emulator's stores are locked ones."""
         self.original = b""
@@ -133,12 +134,15 @@ class HostAccess(Processor):
     def store_linear(self, address: int, data: bytes, *, system: bool = False) -> None:
         if self.dr7 & 0xFF:
             self._hit_breakpoints(address, len(data), write=True)
+        if self.gathering:
+            self._gathered.append((address, data))
+            return
         whole = len(data)
         fragments: list[MmioWrite] = []
         while data:
             part = data[: _PAGE - (address & _OFFSET)]
             gpa = self.reach(address, _WRITE, system)
-            if self.emulating and not self.gathering:
+            if self.emulating:
                 locked = self.locking and len(part) == whole
                 fragments += self._write_now(gpa, part, locked=locked, system=system)
             else:
@@ -170,10 +174,16 @@ class HostAccess(Processor):
             mmu.mark_page_dirty(slot, gpa >> 12)
         return False
 
+    def discard(self) -> None:
+        super().discard()
+        self._gathered.clear()
+
     def commit(self) -> None:
         if self.emulating:
-            for gpa, data in _merged(self._queue):
-                self.exits += self._write_now(gpa, data)
+            self.gathering = False
+            for address, data in _joined(self._gathered):
+                self.store_linear(address, data)
+            self._gathered.clear()
         else:
             ram = self.bus.ram
             for gpa, data in self._queue:
@@ -202,15 +212,9 @@ class HostAccess(Processor):
         """RFLAGS.AC and the protection keys count from now on as they are."""
 
 
-def _merged(stores: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
-    """The same stores as few: those within one frame become one that spans them.  They leave no gaps."""
-    frames: dict[int, bytearray] = {}
-    first: dict[int, int] = {}
-    for gpa, data in sorted(stores):
-        frame = gpa >> 12
-        if frame not in frames:
-            frames[frame], first[frame] = bytearray(), gpa
-        at = gpa - first[frame]
-        image = frames[frame]
-        image[at : at + len(data)] = data
-    return [(first[frame], bytes(image)) for frame, image in frames.items()]
+def _joined(stores: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+    """The same stores as one, which spans them; they leave no gaps."""
+    if not stores:
+        return []
+    ordered = sorted(stores)
+    return [(ordered[0][0], b"".join(data for _, data in ordered))]

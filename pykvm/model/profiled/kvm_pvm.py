@@ -6,13 +6,18 @@ and without I/O privileges, what it may not do goes to KVM's emulator, and event
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Final
 
 from pykvm.model.cpu import gates, stacks
+from pykvm.model.cpu.cpuid_table import supported_cpuid
 from pykvm.model.cpu.descriptors import null_segment
 from pykvm.model.cpu.faults import Fault, TripleFault
-from pykvm.model.cpu.instruction import RSP, SS, SegmentRegister
+from pykvm.model.cpu.features import Features
+from pykvm.model.cpu.instruction import FS, GS, RSP, SS, SegmentRegister
 from pykvm.model.cpu.stacks import push_all, stack_error
+from pykvm.model.mmu.emulated_opcodes import LENIENT
 from pykvm.model.paging import Access
 from pykvm.x86.bits import Cr0, PageFault
 from pykvm.x86.exceptions import Vector
@@ -28,8 +33,14 @@ _HOST_DATA: Final = frozenset({0, 4, 5, 6, 15})
 """Entries of the host's GDT that user code may load: null, its code and data, and the CPU number's."""
 _NOT_EMULATED: Final = b"\x0f\x0b"
 """UD2 goes to the guest at once; after any other #UD the emulator tries."""
-_DIRECT: Final = frozenset({"swapgs"})
-
+_DIRECT: Final = frozenset({"swapgs"}) | LENIENT
+BASES: Final = {
+    "rdfsbase": (FS, False),
+    "rdgsbase": (GS, False),
+    "wrfsbase": (FS, True),
+    "wrgsbase": (GS, True),
+}
+"""Instructions on the bases of FS and GS: which one, and whether they write it."""
 
 HOST_AREA: Final = 0x1FFFF00
 """Upper bits, from 39 on, of addresses that user code cannot have: entry 256 of the PML4 is the host's."""
@@ -43,6 +54,16 @@ def host_area_fault(address: int, access: int) -> Fault:
     if access & Access.FETCH:
         error |= PageFault.ID
     return Fault(Vector.PF, int(error), address=address)
+
+
+def hardware(guest: Features) -> Features:
+    """What user code finds in the host's processor, whatever the guest's CPUID says."""
+    return replace(_reference(), amd=guest.amd, physical_bits=guest.physical_bits)
+
+
+@cache
+def _reference() -> Features:
+    return Features.of(supported_cpuid())
 
 
 def cannot_run(cpu: HostProcessor) -> bool:
@@ -71,6 +92,24 @@ def emulates_fault(cpu: HostProcessor, fault: Fault) -> bool:
     if fault.vector == Vector.UD:
         return not cpu.at(_NOT_EMULATED)
     return fault.vector == Vector.GP and cpu.decoded_name not in _DIRECT
+
+
+def repairs_fault(cpu: HostProcessor, fault: Fault) -> bool:
+    """Whether kvm_pvm itself carries out the instruction that ended in this fault."""
+    return fault.vector == Vector.GP and cpu.decoded_name in LENIENT
+
+
+def move_base(cpu: HostProcessor, insn: Instruction) -> None:
+    """RDFSBASE and its like as kvm_pvm does them, whatever CR4.FSGSBASE says."""
+    segment, writes = BASES[insn.name]
+    (operand,) = insn.operands
+    base = cpu.segments[segment].base
+    if writes:
+        cpu.set_segment(segment, replace(cpu.segments[segment], base=operand.read(cpu)))
+    else:
+        operand.write(cpu, base & (1 << 8 * operand.size) - 1)
+    cpu.rip = cpu.rip + insn.length & cpu.ip_mask
+    cpu.instructions += 1
 
 
 def enter_handler(cpu: HostProcessor, event: gates.Event) -> None:

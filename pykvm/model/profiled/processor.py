@@ -16,6 +16,8 @@ from pykvm.model.mmu import outcomes
 from pykvm.model.mmu.emulated_opcodes import (
     EXCHANGES,
     GATHERED,
+    LENIENT,
+    READ_FIRST,
     STANDARD_WRITES,
     Coverage,
     coverage,
@@ -135,11 +137,14 @@ class HostProcessor(HostAccess):
             if self.emulated is not None or not self.runs_natively:
                 self._emulated_step()
             else:
+                self.features = self._hardware
                 self._native_step()
         except TripleFault:
             self.discard()
             self.shut_down = True
             self.exits.append(Shutdown())
+        finally:
+            self.features = self._guests
 
     # --- natively ------------------------------------------------------------------------------------
 
@@ -172,8 +177,22 @@ class HostProcessor(HostAccess):
             self.rollback_native()
             if self._profile.emulates_all_but_user and kvm_pvm.emulates_fault(self, fault):
                 self._emulate(None)
+            elif self._profile.emulates_all_but_user and kvm_pvm.repairs_fault(self, fault):
+                self._repair()
             else:
                 self._deliver(fault)
+
+    def _repair(self) -> None:
+        """The host module carries out the instruction at RIP, without KVM's emulator."""
+        self.left = self.emulating = True
+        try:
+            self._carry_out(self.fetch())
+        except Fault as fault:
+            self.undo_emulated()
+            self.emulating = False
+            self._deliver(fault)
+        finally:
+            self.emulating = False
 
     def _trapped(self, insn: Instruction) -> bool:
         """Whether a host that runs user code in a ring of its own gets to see the instruction."""
@@ -224,6 +243,7 @@ class HostProcessor(HostAccess):
     def _emulate(self, cause: EmulateInstruction | None) -> None:
         """``x86_emulate_instruction`` (12.3) for the instruction at RIP."""
         self.left = self.left or self.runs_natively
+        self.features = self._guests
         self.emulating = True
         self.mmu.rip = self.rip
         try:
@@ -276,6 +296,7 @@ class HostProcessor(HostAccess):
             self._fail(cause)
             return None
         if found is Coverage.UNDEFINED:
+            self._read_operand(insn, source_only=True)
             raise Fault.ud()
         if found is Coverage.HOST:
             self.mmu.counters.insn_emulation_fail += 1
@@ -287,8 +308,8 @@ class HostProcessor(HostAccess):
             return Coverage.UNDEFINED
         return coverage(insn, self._profile, protected=not self.real_or_vm86, bits64=self.bits64)
 
-    def _read_operand(self, insn: Instruction) -> None:
-        for operand in insn.operands:
+    def _read_operand(self, insn: Instruction, *, source_only: bool = False) -> None:
+        for operand in insn.operands[1:] if source_only else insn.operands:
             if isinstance(operand, Memory):
                 self.next_rip = self.rip + insn.length & self.ip_mask
                 linear = self.linear(operand.segment, operand.offset(self), 1, False)
@@ -320,21 +341,27 @@ class HostProcessor(HostAccess):
         self.untracked = name in STANDARD_WRITES
         self.gathering = name in GATHERED
         self.locking = insn.lock or name in EXCHANGES
+        self.lenient = name in LENIENT and self._profile.emulates_all_but_user
         before = len(self.exits)
         try:
+            if name in READ_FIRST:
+                self._read_operand(insn)
             self.execute(insn)
         except NeedInput as question:
             self.emulated = insn
             self.mmio_exits += isinstance(question.exit, MmioRead) and self.fragments == 1
             raise
         finally:
-            self.untracked = self.gathering = self.locking = False
+            self.untracked = self.gathering = self.locking = self.lenient = False
         if any(isinstance(each, MmioWrite) for each in self.exits[before:]):
             self.mmio_exits += 1
 
     def execute(self, insn: Instruction) -> None:
         self._began = True
-        super().execute(insn)
+        if insn.name in kvm_pvm.BASES and self._profile.emulates_all_but_user:
+            kvm_pvm.move_base(self, insn)
+        else:
+            super().execute(insn)
 
     def undo_emulated(self) -> None:
         """Registers go back; what was stored stays."""
@@ -379,6 +406,9 @@ class HostProcessor(HostAccess):
 
     def set_cpuid(self, leaves: Sequence[CpuidEntry]) -> None:
         super().set_cpuid(leaves)
+        self._guests = self._hardware = self.features
+        if self._profile.emulates_all_but_user:
+            self._hardware = kvm_pvm.hardware(self.features)
         self.mmu.control = self.paging_control()  # no register has changed
 
     def reach(self, address: int, access: int, system: bool = False) -> int:
