@@ -21,6 +21,7 @@ from pykvm.errors import (
     UsageError,
 )
 from pykvm.kvm import KvmVm
+from pykvm.kvm.capabilities import Capability
 from pykvm.machine import (
     DirtyPages,
     InternalError,
@@ -28,6 +29,7 @@ from pykvm.machine import (
     Kicked,
     Machine,
     MmioWrite,
+    Shutdown,
     Slot,
     SlotFlags,
     System,
@@ -556,18 +558,24 @@ def test_a_guest_that_edits_its_own_tracked_page_table_is_reported_and_obeyed(sy
 
 
 @on_kvm
+@pytest.mark.parametrize("told", [True, False], ids=["exit-on-failure", "as-it-is"])
 @pytest.mark.parametrize("cpl", [3, 0])
 @pytest.mark.parametrize("code", ["480fc70f", "660f7e07"], ids=["cmpxchg16b", "movd"])
 def test_what_kvms_emulator_does_not_know_cannot_write_a_tracked_page(
-    system: System, code: str, cpl: int
+    system: System, code: str, cpl: int, told: bool
 ) -> None:
-    """kvm-mmu.md 12.8.  It is the same with KVM's own page track: both leave the store to the emulator."""
+    """kvm-mmu.md 12.1, 12.8.  It is the same with KVM's own page track: both leave the store to the emulator.
+
+    Without KVM_CAP_EXIT_ON_EMULATION_FAILURE a guest at CPL 3 gets #UD on most hosts, which this one, without
+    a handler, does not survive.
+    """
     with carved(system, cpl=cpl) as guest:
+        if told:
+            guest.machine.enable_cap(Capability.EXIT_ON_EMULATION_FAILURE, 1)  # type: ignore[attr-defined]
         guest.tracker.add_gfn(0x210)
         vcpu = guest.load(bytes.fromhex(code) + DONE, rdi=0x210000)
         exit = guest.finish(vcpu)
-        assert isinstance(exit, InternalError)
-        assert exit.suberror == 1
+        assert isinstance(exit, InternalError) or (isinstance(exit, Shutdown) and cpl == 3 and not told)
         assert guest.writes() == []
 
 
