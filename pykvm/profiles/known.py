@@ -25,6 +25,7 @@ _KINDS: Final[Mapping[str, Mapping[str, Any]]] = {
         "pages_1g": False,
         "dummy_root": False,
         "copies_root_entries": True,
+        "replaces_linked_child": True,
         "external_write_tracking": False,
     },
     "amd-shadow": {},

@@ -111,6 +111,10 @@ class Profile:
     copies_root_entries: bool = False
     """Each vCPU runs on a copy of its root's entries (kvm_pvm): one that another vCPU made is learnt by a
     spurious fault, or with the next flush of the whole TLB."""
+    replaces_linked_child: bool = False
+    """A fault whose walk leads to another table, or with other rights, than the shadow page linked there was
+    made for replaces it (seen on 6.18.44: the host stored into a table that is shadowed); else the fault goes
+    on in the linked page."""
     rmap_recycle_threshold: int = 1000
     """``RMAP_RECYCLE_THRESHOLD``: a gfn with more leaf SPTEs loses them all (10.4)."""
     sync_rebuilds_all: bool = False

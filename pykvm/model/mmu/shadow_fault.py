@@ -119,6 +119,7 @@ def _fetch(vcpu: VcpuMmu, fault: Fault, found: GuestWalk, access: int, writable:
     """``FNAME(fetch)``: shadow pages down to the leaf, then the leaf."""
     mmu = vcpu.mmu
     shadow = mmu.shadow
+    replaces = mmu.profile.replaces_linked_child
     size = 4 if vcpu.root.levels == 2 else 8
     sp = vcpu.top_page(fault.address)
     if sp is None:
@@ -134,16 +135,16 @@ def _fetch(vcpu: VcpuMmu, fault: Fault, found: GuestWalk, access: int, writable:
             break
         table_gfn = found.table_gfn[level - 2]
         child = sp.children.get(index)
-        if child is None:
-            child = shadow.get_page(
-                vcpu,
-                table_gfn,
-                roles.child_role(sp.role, found.pt_access[level - 2], index, direct=False),
-            )
+        role = roles.child_role(sp.role, found.pt_access[level - 2], index, direct=False)
+        if child is None or (replaces and (child.gfn, child.role) != (table_gfn, role)):
+            child = shadow.get_page(vcpu, table_gfn, role)
             if child.unsync_child_bitmap:
                 mmu.unsync.sync_children(vcpu, child)
             if not _unchanged(vcpu, found, level - 2, size):
                 return RetPf.RETRY
+            if index in sp.children:
+                shadow.drop_parent(sp.children[index], sp, index)
+                mmu.flush_remote_tlbs()
             shadow.link(sp, index, child)
         elif not _unchanged(vcpu, found, level - 2, size):
             return RetPf.RETRY
@@ -164,13 +165,14 @@ def _fetch(vcpu: VcpuMmu, fault: Fault, found: GuestWalk, access: int, writable:
             shadow.drop_parent(child, sp, index)
             mmu.flush_remote_tlbs()
             child = None
-        if child is None:
-            shift = 9 * (level - 1)
-            child = shadow.get_page(
-                vcpu,
-                fault.gfn >> shift << shift,
-                roles.child_role(sp.role, access, index, direct=True),
-            )
+        shift = 9 * (level - 1)
+        base = fault.gfn >> shift << shift
+        role = roles.child_role(sp.role, access, index, direct=True)
+        if child is None or (replaces and (child.gfn, child.role) != (base, role)):
+            child = shadow.get_page(vcpu, base, role)
+            if index in sp.children:
+                shadow.drop_parent(sp.children[index], sp, index)
+                mmu.flush_remote_tlbs()
             shadow.link(sp, index, child)
         sp = child
         level -= 1
