@@ -144,6 +144,10 @@ class MemoryAccess(State):
         self.regs[RSP] = sp if self.stack_size > 2 else rsp & ~0xFFFF | sp
         return value
 
+    def load_task_state(self, address: int) -> int:
+        """The two bytes of the I/O permission bitmap, or of its offset, at a linear address."""
+        return self.load_system(address, 2)
+
     def load_system(self, address: int, size: int) -> int:
         """Read a descriptor table or TSS: an implicit supervisor access (SDM vol. 3, 4.6)."""
         return int.from_bytes(self.load_linear(self._wrap(address), size, system=True), "little")

@@ -32,10 +32,10 @@ def check_port(cpu: Processor, port: int, size: int) -> None:
     if not tss.type & 8 or tss.limit < _TSS_MINIMUM:  # a 16-bit TSS has no bitmap
         raise Fault.gp()
     # Two bytes are read, as an access may span two; both must lie within the limit.
-    at = cpu.load_system(tss.base + _BITMAP_BASE, 2) + port // 8
+    at = cpu.load_task_state(tss.base + _BITMAP_BASE) + port // 8
     if at + 1 > tss.limit:
         raise Fault.gp()
-    if cpu.load_system(tss.base + at, 2) >> port % 8 & (1 << size) - 1:
+    if cpu.load_task_state(tss.base + at) >> port % 8 & (1 << size) - 1:
         raise Fault.gp()
 
 

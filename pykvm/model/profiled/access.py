@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from pykvm.machine.exits import MmioRead, MmioWrite
-from pykvm.model.cpu.faults import Fault
+from pykvm.model.cpu.faults import Fault, NeedInput
 from pykvm.model.cpu.processor import Processor
 from pykvm.model.mmu.outcomes import GuestPageFault
 from pykvm.model.paging import Access
@@ -96,6 +96,18 @@ class HostAccess(Processor):
                 # The emulator reads, but tells the guest of a write (x86_emulate_insn).
                 raise Fault(Vector.PF, (fault.error or 0) | PageFault.WR, address=fault.address) from None
             raise
+
+    def load_task_state(self, address: int) -> int:
+        if not self.emulating:
+            return super().load_task_state(address)
+        counters = self.mmu.counters
+        injected = counters.pf_guest
+        try:
+            return super().load_task_state(address)
+        except (Fault, NeedInput):
+            # emulator_io_permited: whatever keeps it from reading means that the port is not allowed.
+            counters.pf_guest = injected
+            raise Fault.gp() from None
 
     def require_writable(self, segment: int, offset: int, size: int) -> None:
         if not self.emulating:  # KVM's emulator does not look before it stores

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from pykvm.model.cpu import gates, stacks
 from pykvm.model.cpu.cpuid_table import supported_cpuid
 from pykvm.model.cpu.descriptors import null_segment
-from pykvm.model.cpu.faults import Fault, TripleFault
+from pykvm.model.cpu.faults import Fault, NeedInput, TripleFault
 from pykvm.model.cpu.features import Features
 from pykvm.model.cpu.instruction import FS, GS, RSP, SS, SegmentRegister
 from pykvm.model.cpu.stacks import push_all, stack_error
@@ -119,7 +119,7 @@ def enter_handler(cpu: HostProcessor, event: gates.Event) -> None:
     injected = counters.pf_guest
     try:
         _deliver(cpu, event)
-    except Fault:
+    except (Fault, NeedInput):
         counters.pf_guest = injected
         cpu.rollback()
         raise TripleFault from None
