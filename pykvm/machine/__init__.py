@@ -31,10 +31,12 @@ from pykvm.machine.protocols import (
 )
 from pykvm.machine.statistics import Statistic, Statistics, StatisticType, StatisticUnit
 from pykvm.machine.tracking import MAX_TRACK_COUNT, PageTracking, TrackingMachine, TrackNode
+from pykvm.x86.cpuid import CpuidEntry
 from pykvm.x86.registers import DescriptorTable, Registers, Segment, SpecialRegisters
 
 __all__ = [
     "MAX_TRACK_COUNT",
+    "CpuidEntry",
     "DebugStop",
     "DescriptorTable",
     "DirtyPages",

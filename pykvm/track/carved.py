@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from pykvm.machine import Machine, MmioWrite, Statistics
+from pykvm.machine import CpuidEntry, Machine, MmioWrite, Statistics
 from pykvm.memory import PAGE_SIZE
 from pykvm.track.carved_log import CarvedLog
 from pykvm.track.carved_vcpu import CarvedVcpu
-from pykvm.x86.cpuid import CpuidEntry
 
 if TYPE_CHECKING:
     from pykvm.machine.state import MachineState

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pykvm.errors import PendingExitError
-from pykvm.machine import Exit, MmioWrite, Registers, SpecialRegisters, Statistics, Vcpu
-from pykvm.x86.cpuid import CpuidEntry
+from pykvm.machine import CpuidEntry, Exit, MmioWrite, Registers, SpecialRegisters, Statistics, Vcpu
 
 if TYPE_CHECKING:
     from pykvm.machine.state import VcpuState
