@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -10,12 +11,13 @@ import click
 from rich.table import Table
 
 from pykvm.backends import open_system
-from pykvm.cli.mmu import MmuListener, indented, open_model
+from pykvm.cli.mmu import MmuListener, folded, indented, open_model
 from pykvm.cli.session import Session, common_options
 from pykvm.crosscheck.compare import Difference, Level, compare
 from pykvm.crosscheck.counters import rule_of
 from pykvm.crosscheck.mmu_example import Example, mismatches
 from pykvm.crosscheck.mmu_examples import EXAMPLES
+from pykvm.crosscheck.mmu_findings import FINDINGS
 from pykvm.crosscheck.saved import load_case
 from pykvm.crosscheck.scenario import Scenario
 from pykvm.crosscheck.story import StepStory, Story, tell
@@ -24,11 +26,12 @@ from pykvm.machine import System
 from pykvm.profiles import ERAS, KINDS
 
 _WIDTH: Final = 26
+_NAMED: Final[Mapping[str, Example]] = {**EXAMPLES, **FINDINGS}
 
 
 @click.command("explain", short_help="Tell what KVM's MMU does in a scenario, and by which rule.")
 @click.argument("scenario", required=False)
-@click.option("--list", "listing", is_flag=True, help="List the worked examples.")
+@click.option("--list", "listing", is_flag=True, help="List the worked examples and findings.")
 @click.option(
     "--profile",
     type=click.Choice(KINDS),
@@ -43,7 +46,8 @@ def command(
     """Run SCENARIO on the model of KVM's MMU and tell what happened in each step, and by which rule.
 
     SCENARIO is a file (saved by 'pykvm crosscheck', or by hand) or the name of a worked example; --list
-    shows those. Where real KVM can run it, too, its counters stand beside the model's.
+    shows those and the findings of docs/kvm-findings.md. Where real KVM can run it, too, its counters stand
+    beside the model's.
     """
     if listing:
         _list(session)
@@ -64,8 +68,8 @@ def command(
 
 def _find(name: str) -> tuple[Scenario, Example | None]:
     """The scenario of a worked example or of a file.  Raises UsageError."""
-    if name in EXAMPLES:
-        return EXAMPLES[name].scenario, EXAMPLES[name]
+    if name in _NAMED:
+        return _NAMED[name].scenario, _NAMED[name]
     path = Path(name)
     if not path.exists():
         raise UsageError(
@@ -90,11 +94,11 @@ def _real(session: Session, scenario: Scenario, profile: str | None) -> System |
 
 def _list(session: Session) -> None:
     table = Table("name", "what happens", "source")
-    for example in EXAMPLES.values():
+    for example in _NAMED.values():
         table.add_row(example.name, example.title, example.source)
     session.out.print(table)
     session.document["examples"] = [
-        {"name": each.name, "title": each.title, "source": each.source} for each in EXAMPLES.values()
+        {"name": each.name, "title": each.title, "source": each.source} for each in _NAMED.values()
     ]
 
 
@@ -142,12 +146,14 @@ def _difference(story: Story) -> Difference | None:
 def _step(step: StepStory, backends: list[str], *, walks: bool) -> list[str]:
     lines = ["", f"step {step.number}: {step.action}"]
     lines += indented([f"tables: {step.walks[0]}", *step.walks[1:]] if step.walks else [])
+    told: list[list[str]] = []
     for what, rule in step.events:
         first, *more = f"{what} [{rule}]".split("\n")
         if more and not walks:
             # A walk in short: the access and how it ended.
             first, more = f"{first.partition(',')[0]}: {more[-1].strip()}", []
-        lines += [*indented([first]), *indented([line.strip() for line in more], 2)]
+        told.append([*indented([first]), *indented([line.strip() for line in more], 2)])
+    lines += folded(told)
     shown = list(step.shown.values())
     if shown and all(each == shown[0] for each in shown):
         lines += indented(shown[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Final
@@ -22,6 +23,9 @@ from pykvm.profiles import DEVELOPMENT_HOST, profile
 from pykvm.x86.bits import Cr0, Efer
 
 _INDENT: Final = "  "
+_NUMBER: Final = re.compile(r"0x[0-9a-f]+")
+_MOST_REPEATS: Final = 8
+"""How often the same may happen before it is told in short."""
 
 
 class MmuListener:
@@ -102,3 +106,24 @@ def open_model(kvm: System | None, kind: str | None = None, era: str | None = No
 def indented(lines: Sequence[str], by: int = 1) -> Iterator[str]:
     """The lines, moved to the right."""
     return (_INDENT * by + line for line in lines)
+
+
+def folded(events: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of all events; of one or two that repeat with other numbers only the first and how often."""
+    alike = [_NUMBER.sub("", "\n".join(event)) for event in events]
+    at = 0
+    while at < len(events):
+        for period in (1, 2):
+            end = at + period
+            while end < len(events) and alike[end] == alike[end - period]:
+                end += 1
+            repeats = (end - at) // period
+            if repeats > _MOST_REPEATS:
+                break
+        else:
+            period = repeats = 1
+        for event in events[at : at + period]:
+            yield from event
+        if repeats > 1:
+            yield f"{_INDENT}and so {repeats - 1} more times"
+        at += period * repeats

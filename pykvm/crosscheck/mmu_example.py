@@ -26,9 +26,10 @@ class Expected:
     """What step number ``step`` shows.  None: not said.
 
     ``counters``: how far they move.  ``ring``: the entries pushed, by gfn.  ``harvested``: how many were
-    taken out.  ``dirty``: what is collected, by gfn.  ``exits``: their types.  ``refused``: the error, empty
-    for none.  ``outs``: port and value of each OUT.  ``changed`` and ``unchanged``: pages of memory 0 whose
-    contents did and did not change.  ``lost``: written pages that no log names, by gfn.
+    taken out.  ``dirty``: what is collected, by gfn; ``unreported``: some of what is not.  ``exits``: their
+    types.  ``refused``: the error, empty for none.  ``outs``: port and value of each OUT.  ``changed`` and
+    ``unchanged``: pages of memory 0 whose contents did and did not change.  ``lost``: written pages that no
+    log names, by gfn.
     """
 
     step: int
@@ -38,6 +39,7 @@ class Expected:
     dirty: tuple[int, ...] | None = None
     exits: tuple[str, ...] | None = None
     refused: str | None = None
+    unreported: tuple[int, ...] = ()
     outs: tuple[tuple[int, int], ...] | None = None
     changed: tuple[int, ...] = ()
     unchanged: tuple[int, ...] = ()
@@ -77,7 +79,10 @@ def mismatches(example: Example, trace: Trace) -> list[str]:
             ("refused", expected.refused, step.refused),
         ]
         if step.dirty is not None:
-            seen_values.append(("dirty", expected.dirty, tuple(gfn for _, gfn in step.dirty)))
+            reported = tuple(gfn for _, gfn in step.dirty)
+            seen_values.append(("dirty", expected.dirty, reported))
+            surplus = tuple(gfn for gfn in expected.unreported if gfn in reported)
+            seen_values.append(("reported too much", (), surplus))
         if expected.outs is not None:
             seen_values.append(("OUTs", _flat(expected.outs), _flat(_outs(step))))
         if expected.lost is not None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import groupby
+from typing import Any, Final, Protocol
 
 from pykvm.crosscheck.counters import DETERMINISTIC
+from pykvm.crosscheck.loss import lost_pages
 from pykvm.crosscheck.run import EVERYTHING, TIME_LIMIT, run
 from pykvm.crosscheck.scenario import Scenario
 from pykvm.crosscheck.steps import Step, describe
-from pykvm.crosscheck.trace import StepTrace, Trace
+from pykvm.crosscheck.trace import Trace
 from pykvm.machine import Machine, System
 from pykvm.x86.cpuid import CpuidEntry
+
+_MANY: Final = 8
+"""So many equal ring entries in a row are counted instead of shown."""
 
 
 class Event(Protocol):
@@ -95,7 +100,7 @@ def tell(
             describe(scenario.steps[number]),
             walks[number] if number < len(walks) else (),
             events[number] if number < len(events) else (),
-            {trace.backend: _shown(trace.steps[number]) for trace in traces if number < len(trace.steps)},
+            {trace.backend: _shown(trace, number) for trace in traces if number < len(trace.steps)},
             _moved(traces, number),
         )
         for number in range(max(len(trace.steps) for trace in traces))
@@ -103,8 +108,9 @@ def tell(
     return Story(tuple(steps), tuple(traces))
 
 
-def _shown(step: StepTrace) -> tuple[str, ...]:
+def _shown(trace: Trace, number: int) -> tuple[str, ...]:
     """What can be seen of a step from outside."""
+    step = trace.steps[number]
     lines = [f"exit {reason}" for reason in step.exits]
     lines += [text for text in (step.message, step.impossible, "out of time" if step.overdue else "") if text]
     if step.pushed:
@@ -113,6 +119,10 @@ def _shown(step: StepTrace) -> tuple[str, ...]:
         lines.append("harvested: " + _entries(step.ring))
     if step.dirty is not None:
         lines.append("dirty: " + (" ".join(f"{slot}:{gfn:#x}" for slot, gfn in step.dirty) or "nothing"))
+    if step.changed:
+        lines.append("changed: " + " ".join(f"{memory}:{page:#x}" for memory, page in sorted(step.changed)))
+    if lost := lost_pages(trace).get(step.number):
+        lines.append("written and in no log: " + " ".join(f"{slot}:{gfn:#x}" for slot, gfn in lost))
     if step.translated is not None:
         lines.append(f"translated to {step.translated:#x}")
     return tuple(lines)
@@ -120,9 +130,12 @@ def _shown(step: StepTrace) -> tuple[str, ...]:
 
 def _entries(entries: Sequence[tuple[int, int, int]]) -> str:
     several = len({vcpu for vcpu, _, _ in entries}) > 1
-    return " ".join(
-        f"{f'vCPU{vcpu} ' if several else ''}{slot}:{offset:#x}" for vcpu, slot, offset in entries
-    )
+    words = []
+    for (vcpu, slot, offset), same in groupby(entries):
+        times = len(list(same))
+        text = f"{f'vCPU{vcpu} ' if several else ''}{slot}:{offset:#x}"
+        words += [text] * times if times < _MANY else [f"{text} ({times} times)"]
+    return " ".join(words)
 
 
 def _moved(traces: Sequence[Trace], number: int) -> dict[str, dict[str, int]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pykvm.crosscheck.mmu_examples import EXAMPLES
+from pykvm.crosscheck.mmu_findings import FINDINGS
 from pykvm.crosscheck.saved import SavedPaging, save_case
 from tests.cli.runner import invoke
 from tests.cli.test_documents import check_keys, documented_keys
@@ -17,10 +18,10 @@ OURS = ("--profile", "pvm-shadow", "--era", "6.18", "--backend", "model")
 def test_the_worked_examples_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
     done = invoke(capfd, "explain", "--list")
     assert done.status == 0
-    for name in EXAMPLES:
+    for name in (*EXAMPLES, *FINDINGS):
         assert name in done.out
     document = invoke(capfd, "explain", "--list", "--json").document
-    assert [each["name"] for each in document["examples"]] == list(EXAMPLES)
+    assert [each["name"] for each in document["examples"]] == [*EXAMPLES, *FINDINGS]
 
 
 def test_an_example_is_told_with_rules_and_counters(capfd: pytest.CaptureFixture[str]) -> None:
