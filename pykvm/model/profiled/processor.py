@@ -47,6 +47,8 @@ _MOST_REFAULTS: Final = 1 << 14
 """An instruction that faults so often never completes: its host would hang, too."""
 _ALIGNED: Final = 16
 """Operands from this size on must be aligned, where the emulator's table does not say otherwise (12.4)."""
+_NO_SECOND: Final = frozenset({Vector.PF, Vector.DF})
+"""Exceptions during whose delivery a page fault is not delivered for itself (SDM vol. 3, table 6-5)."""
 _AC: Final = int(Rflags.AC)
 
 
@@ -392,6 +394,11 @@ class HostProcessor(HostAccess):
             except outcomes.EmulateInstruction:
                 # Tables or stack without memory: a delivery cannot be emulated (12.3, DELIVERY_EV).
                 raise NeedInput(InternalError(_DELIVERY, ())) from None
+            except Fault as fault:
+                if fault.vector != Vector.PF or self.mmu.tdp is not None or event.vector not in _NO_SECOND:
+                    raise
+                # KVM makes it a double fault or a shutdown, and drops the second fault's address with it.
+                raise Fault(Vector.PF, fault.error, address=self.cr2) from None
             else:
                 return
 
