@@ -74,6 +74,8 @@ class VcpuMmu:
         self.last_retry: tuple[int, int] | None = None
         """RIP and address of the last unprotect and retry."""
         self._tlb: tuple[dict[int, int], ...] = tuple({} for _ in range(_KIND + 1))
+        self.flushes = 0
+        """How often translations were dropped from ``cached``: what was derived from them holds no more."""
         self._copying = mmu.profile.copies_root_entries
         self._copies: dict[ShadowPage, set[int]] = {}
         """Where the profile copies roots: which of their entries this vCPU has."""
@@ -206,6 +208,11 @@ class VcpuMmu:
             if index in sp.children:
                 self._copies[sp].add(index)
 
+    def cached(self, access: int) -> dict[int, int]:
+        """Shadow paging's TLB for a kind of access, from linear page to guest-physical page address; it
+        stays the same object."""
+        return self._tlb[access & _KIND]
+
     def _look_up(self, linear: int, access: int) -> int | None:
         """The processor's walk of the shadow tables: fills the TLB, or gives the error code of its fault."""
         error = 0
@@ -241,6 +248,7 @@ class VcpuMmu:
         tlb = self._tlb[access & _KIND]
         if len(tlb) >= _TLB_PAGES:
             tlb.clear()
+            self.flushes += 1
         mask = (1 << 3 + 9 * sp.level) - 1
         tlb[linear >> 12] = entry & spte.ADDRESS & ~mask | linear & mask & ~0xFFF
         return None
@@ -363,6 +371,9 @@ class VcpuMmu:
     def _invalidate(self, linear: int, *, all_roots: bool) -> None:
         """``kvm_mmu_invalidate_addr``: the SPTE of an unsync page is brought in step."""
         page = linear >> 12
+        if self.is_mmio(linear):
+            self.forget_mmio()
+        self.flushes += 1
         for tlb in self._tlb:
             tlb.pop(page, None)
         if not self.root.levels:
@@ -382,10 +393,9 @@ class VcpuMmu:
 
     def _sync_spte(self, sp: ShadowPage, index: int) -> None:
         mmu = self.mmu
-        if mmu.profile.invlpg_refetches and sp.spt.get(index, 0) & spte.MMU_PRESENT:
-            # [6.1] drops the SPTE and makes the new one from the table as it is now, so only W may be lost.
+        if mmu.profile.invlpg_refetches:
+            # [6.1] drops the SPTE, if there is one, and makes it from the table as it is now.
             mmu.unsync.refetch(self, sp, index)
-            mmu.flush_remote_tlbs()
             return
         changed = mmu.unsync.sync_spte(self, sp, index)
         if changed is None:
@@ -457,15 +467,23 @@ class VcpuMmu:
 
     def flush_tlb(self) -> None:
         """Drop all cached translations."""
+        self.flushes += 1
         for tlb in self._tlb:
             tlb.clear()
         if self.tdp is not None:
             self.tdp.flush()
 
     def flush_pml(self) -> None:
-        """An exit reads the PML buffer (11.3)."""
-        if self.tdp is not None and self.tdp.pml is not None:
+        """An exit of this vCPU reads its PML buffer (11.3), and what it marks is this vCPU's, whoever forced
+        the exit (``kvm_arch_sync_dirty_log`` kicks vCPUs that others run)."""
+        if self.tdp is None or self.tdp.pml is None:
+            return
+        mmu = self.mmu
+        before, mmu.loaded = mmu.loaded, self
+        try:
             self.tdp.pml.flush()
+        finally:
+            mmu.loaded = before
 
 
 __all__ = ["ControlChange", "StuckGuestError", "VcpuMmu"]

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from pykvm.machine.exits import MmioRead, MmioWrite
+from pykvm.model.cpu.access import Translations
 from pykvm.model.cpu.faults import Fault, NeedInput
 from pykvm.model.cpu.processor import Processor
 from pykvm.model.mmu.outcomes import GuestPageFault
 from pykvm.model.paging import Access
+from pykvm.model.profiled.emulators import reads_first
 from pykvm.x86.bits import PageFault
 from pykvm.x86.exceptions import Vector
 
@@ -51,13 +53,34 @@ class HostAccess(Processor):
         self._gathered: list[tuple[int, bytes]] = []
         self.locking = False
         """The emulator's stores are locked ones."""
+        self.reads_first = reads_first(mmu.mmu.profile)
+        """An operand that is read and written faults as one that is read."""
         self.original = b""
         """What the emulator read of an operand that it updates."""
         self.fragments = 0
         """Parts of the read at hand that lie in MMIO, as far as it came: together they are one exit."""
-        super().__init__(bus, cpuid, translate=False)
+        self._cached = tuple(_cached(mmu, user) for user in (0, _USER))
+        self._flushes = 0
+        super().__init__(bus, cpuid, translate=mmu.tdp is None)
 
     # --- translation ---------------------------------------------------------------------------------
+
+    @property
+    def translations(self) -> Translations:
+        """The processor's TLB, for translated code: natively what it holds may be used without asking."""
+        return self._cached[self.cpl == 3]
+
+    def refresh_views(self) -> None:
+        """Before translated code runs: the TLB may have been flushed."""
+        if self._flushes != self.mmu.flushes:
+            self._flushes = self.mmu.flushes
+            self.flush_writable()
+
+    def holds_tables(self, frame: int) -> bool:
+        return frame in self.mmu.mmu.shadow.by_gfn
+
+    def watched_frame_changed(self, gfn: int) -> None:
+        self.epoch += 1
 
     def _kind(self, access: int, system: bool) -> int:
         if system:
@@ -83,10 +106,11 @@ class HostAccess(Processor):
     def load_for_update(self, segment: int, offset: int, size: int) -> int:
         address = self.linear(segment, offset, size, True)
         if not self.emulating:
-            self.reach(address, _WRITE)
             last = self._wrap(address + size - 1)
-            if last & -_PAGE != address & -_PAGE:
-                self.reach(last & -_PAGE, _WRITE)
+            if not self.reads_first:
+                self.reach(address, _WRITE)
+                if last & -_PAGE != address & -_PAGE:
+                    self.reach(last & -_PAGE, _WRITE)
             return int.from_bytes(self.load_linear(address, size), "little")
         try:
             self.original = self.load_linear(address, size)
@@ -110,7 +134,7 @@ class HostAccess(Processor):
             raise Fault.gp() from None
 
     def require_writable(self, segment: int, offset: int, size: int) -> None:
-        if not self.emulating:  # KVM's emulator does not look before it stores
+        if not self.emulating and not self.reads_first:  # KVM's emulator does not look before it stores
             super().require_writable(segment, offset, size)
 
     def load_linear(self, address: int, size: int, *, system: bool = False) -> bytes:
@@ -172,6 +196,7 @@ class HostAccess(Processor):
             raise Raced
         tracked = not (system or self.untracked)
         if self.mmu.emulator_write(gpa, data, locked=locked, tracked=tracked):
+            self.epoch += 1
             return []
         return [MmioWrite(gpa + at, data[at : at + _MMIO_BYTES]) for at in range(0, len(data), _MMIO_BYTES)]
 
@@ -197,11 +222,8 @@ class HostAccess(Processor):
                 self.store_linear(address, data)
             self._gathered.clear()
         else:
-            ram = self.bus.ram
             for gpa, data in self._queue:
-                page = ram(gpa >> 12)
-                assert page is not None, "native stores go to memory"
-                page[gpa & _OFFSET : (gpa & _OFFSET) + len(data)] = data
+                self.bus.write(gpa, data)
         self._queue.clear()
         if self._asked:
             del self.replies[: self._asked]
@@ -214,7 +236,9 @@ class HostAccess(Processor):
     # --- caches that this processor does not have --------------------------------------------------------
 
     def flush_writable(self) -> None:
-        """The MMU knows."""
+        for cache in self._cached:
+            if cache.views is not None:
+                cache.views.clear()
 
     def flush_tlb(self) -> None:
         """Rights that are looked up live have changed."""
@@ -222,6 +246,12 @@ class HostAccess(Processor):
 
     def live_control(self) -> None:
         """RFLAGS.AC and the protection keys count from now on as they are."""
+
+
+def _cached(mmu: VcpuMmu, user: int) -> Translations:
+    found = Translations()
+    found.read, found.write, found.fetch = (mmu.cached(user | kind) for kind in (_READ, _WRITE, _FETCH))
+    return found
 
 
 def _joined(stores: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:

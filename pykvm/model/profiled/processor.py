@@ -25,7 +25,7 @@ from pykvm.model.mmu.emulated_opcodes import (
     lacked_feature,
 )
 from pykvm.model.mmu.vcpu import ControlChange
-from pykvm.model.profiled import kvm_pvm
+from pykvm.model.profiled import emulators, kvm_pvm
 from pykvm.model.profiled.access import HostAccess, Raced
 from pykvm.x86.bits import Rflags
 from pykvm.x86.exceptions import Vector
@@ -81,9 +81,14 @@ class HostProcessor(HostAccess):
         return exit
 
     def _run(self, limit: int) -> Exit | None:
+        self.epoch += 1  # the host may have written to memory since
+        translator = self._translator
         while not self.exits:
             if self.shut_down:
                 return Shutdown() if limit > 0 else None
+            if translator is not None and self._runs_on():
+                self.refresh_views()
+                limit -= translator.run(limit)
             if limit <= 0:
                 return None
             limit -= 1
@@ -99,6 +104,10 @@ class HostProcessor(HostAccess):
                 self.repetitions = 0
         self.left = True
         return self.exits.pop(0)
+
+    def _runs_on(self) -> bool:
+        """Whether native code goes on without KVM having a look, and nothing comes between instructions."""
+        return self._was_native and not self.left and self.runs_natively and self._undisturbed()
 
     def _enter(self) -> bool:
         """Before guest code runs: whether it may."""
@@ -162,6 +171,9 @@ class HostProcessor(HostAccess):
             if insn.name in _STRING_IO or self._trapped(insn):
                 self._emulate(None)
                 return
+            if emulators.skips(self._profile, insn):
+                emulators.skip(self, insn)
+                return
             self.execute(insn)
             self._stuck = 0
             if insn.name in _NATIVE_EXITS:
@@ -197,8 +209,10 @@ class HostProcessor(HostAccess):
             self.emulating = False
 
     def _trapped(self, insn: Instruction) -> bool:
-        """Whether a host that runs user code in a ring of its own gets to see the instruction."""
-        return self._profile.emulates_all_but_user and kvm_pvm.is_trapped(self, insn)
+        """Whether KVM gets to see the instruction, and emulates it."""
+        if self._profile.emulates_all_but_user:
+            return kvm_pvm.is_trapped(self, insn)
+        return emulators.lacks_assist(self, self._profile, insn)
 
     def rollback_native(self) -> None:
         """Undo what the instruction did; nothing of it reached memory."""
