@@ -43,7 +43,7 @@ from tests.backends import on_kvm
 from tests.patience import patient
 from tests.rings import LEAST_RING
 
-from .writing import DATA, DONE, PAGES, Recorder, Removal, Write, Writing, tracking_system, word
+from .writing import DATA, DONE, PAGES, Recorder, Removal, Write, Writing, open_backend, tracking_system, word
 
 LOG = SlotFlags.LOG_DIRTY_PAGES
 STORE = bytes.fromhex("488907")
@@ -574,6 +574,13 @@ def edit_a_page_table(guest: Writing, *, tracked: bool) -> int:
 def test_a_guests_page_table_that_is_not_tracked_is_obeyed(system: System, cpl: int) -> None:
     with carved(system, cpl=cpl) as guest:
         assert edit_a_page_table(guest, tracked=False) == 0x1234
+
+
+@pytest.mark.parametrize("cpl", [3, 0])
+def test_page_track_itself_tells_the_mmu(cpl: int) -> None:
+    """KVM's own MMU hears of each emulated write after the external users (kvm-mmu.md 9)."""
+    with open_backend("page-track") as system, Writing(system.create_machine(), cpl=cpl) as guest:
+        assert edit_a_page_table(guest, tracked=True) == 0x1234
 
 
 @pytest.mark.xfail(
