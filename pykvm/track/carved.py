@@ -114,6 +114,8 @@ class CarvedMachine(CarvedLog):
         self.close()
 
     def __getattr__(self, name: str) -> Any:
+        if name == "real":  # not set yet
+            raise AttributeError(name)
         return getattr(self.real, name)
 
     def __repr__(self) -> str:

@@ -225,6 +225,8 @@ class CarvedMemory(ABC):
         wanted = layout(slot.npages, slot.counts)
         if slot.pieces.keys() == set(wanted):
             return
+        if any(getattr(real, "guest_memfd", None) is not None for real in slot.pieces.values()):
+            raise UsageError("KVM makes no slot with guest_memfd read-only; its pages cannot be tracked.")
         with self.gate.held():
             before = dict(slot.pieces)
             gone = {piece: real for piece, real in before.items() if piece not in wanted}

@@ -146,6 +146,15 @@ def test_a_slot_that_kvm_refuses_leaves_all_as_it_was(
         assert guest.writes() == [Write(0x210000, word(1))]
 
 
+@on_kvm
+def test_a_slot_with_guest_memfd_is_refused(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    with carved(system) as guest:
+        monkeypatch.setattr(next(iter(guest.slot.pieces.values())), "guest_memfd", (3, 0))  # type: ignore[attr-defined]
+        with pytest.raises(UsageError, match="cannot be tracked"):
+            guest.tracker.add_gfn(0x210)
+        assert guest.tracker.gfns == frozenset()
+
+
 def test_a_read_only_slot_stays_a_devices(system: System) -> None:
     """Its writes change no memory, so there is nothing for page track to tell; the exit is the user's."""
     with carved(system) as guest, GuestMemory(2 * PAGE_SIZE) as rom:

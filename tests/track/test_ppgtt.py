@@ -7,6 +7,7 @@ walk through guest memory, and exactly the tables of that walk are tracked.
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from pykvm.errors import SlotAbsentError
 from pykvm.guest.ppgtt import PRESENT, TOP, WRITABLE, Mapping, Ppgtt, entries, walk
 from pykvm.machine import System
 from pykvm.memory import PAGE_SIZE, GuestMemory
+from tests.patience import patient
 
 from .writing import PAGES, Writing, tracking_system, word
 
@@ -33,8 +35,8 @@ MOVUPS, STOSQ, MOVSQ = "0f10060f1107", "f348ab", "f348a5"
 class Gpu:
     """A guest with a GPU."""
 
-    def __init__(self, system: System, cpl: int) -> None:
-        self.guest = Writing(system.create_machine(), cpl=cpl)
+    def __init__(self, system: System, cpl: int, vcpus: int = 1) -> None:
+        self.guest = Writing(system.create_machine(), cpl=cpl, vcpus=vcpus)
         self.tracker = self.guest.tracker
         self.ppgtt = Ppgtt(ROOT, self.read, self.tracker)
         self.tracker.register(self.ppgtt)
@@ -42,9 +44,9 @@ class Gpu:
     def read(self, gfn: int) -> bytes | None:
         return self.guest.memory.read(gfn * PAGE_SIZE, PAGE_SIZE) if gfn < PAGES else None
 
-    def store(self, code: str, gfn: int, offset: int, **registers: int) -> None:
+    def store(self, code: str, gfn: int, offset: int, *, number: int = 0, **registers: int) -> None:
         registers.setdefault("rsi", SOURCE)
-        self.guest.run(bytes.fromhex(code), rdi=gfn * PAGE_SIZE + offset, **registers)
+        self.guest.run(bytes.fromhex(code), number, rdi=gfn * PAGE_SIZE + offset, **registers)
 
     def link(self, gfn: int, index: int, target: int, bits: int = PW) -> None:
         self.store(MOV8, gfn, 8 * index, rax=target * PAGE_SIZE | bits)
@@ -238,6 +240,38 @@ def test_random_edits_leave_the_shadow_in_step(gpu: Gpu, number: int) -> None:
         gpu.check()
         most = max(most, len(gpu.ppgtt.mappings()))
     assert most
+
+
+def test_two_vcpus_edit_at_once(tracking_system: System) -> None:
+    """Their callbacks track and untrack tables while the other one is in the guest; in the end all is right.
+
+    Each edits the words of its own half of every table, since a store of both to one word has no order that
+    the test could know.
+    """
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    gpu = Gpu(tracking_system, 3, vcpus=2)
+    failed: list[BaseException] = []
+
+    def edit(number: int, choose: random.Random) -> None:
+        try:
+            for _ in range(60):
+                gfn = choose.choice([ROOT, *POOL])
+                at = 8 * (2 * choose.choice([0, 1, 255]) + number)
+                entry = choose.choice([*POOL, 0x300]) * PAGE_SIZE | choose.choice([PW, P, 0])
+                gpu.store(MOV8, gfn, at, number=number, rax=entry)
+        except BaseException as error:
+            failed.append(error)
+
+    with gpu.guest:
+        threads = [threading.Thread(target=edit, args=(n, random.Random(seed + n))) for n in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(patient(60))
+        assert not any(thread.is_alive() for thread in threads)
+        assert failed == []
+        gpu.check()
 
 
 __all__ = ["tracking_system"]
