@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
-from pykvm.model.cpu.instruction import Immediate
+from pykvm.model.cpu.instruction import Immediate, Memory
 
 if TYPE_CHECKING:
     from pykvm.model.cpu.instruction import Instruction
@@ -129,3 +129,18 @@ READ_FIRST: Final = frozenset({"sldt", "str"})
 """Plain stores that the emulator takes for updates: it reads their operand first."""
 EXCHANGES: Final = frozenset({"xchg"})
 """Locked without a prefix."""
+
+
+_TWO_MEMORY_OPERANDS: Final = frozenset({"movs", "cmps"})
+_STRINGS: Final = frozenset({"movs", "cmps", "stos", "lods", "scas", "ins", "outs"})
+
+
+def uses_exit_gpa(insn: Instruction) -> bool:
+    """``emulator_can_use_gpa``: whether the fault's guest-physical address stands for the operand (12.4).
+
+    It does not for a repeated string instruction, nor where there are two operands in memory.
+    """
+    if insn.name in _TWO_MEMORY_OPERANDS or (insn.rep and insn.name in _STRINGS):
+        return False
+    in_memory = any(isinstance(operand, Memory) for operand in insn.operands)
+    return not (in_memory and insn.name in ("push", "pop"))

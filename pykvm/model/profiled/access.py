@@ -53,6 +53,8 @@ class HostAccess(Processor):
         self._gathered: list[tuple[int, bytes]] = []
         self.locking = False
         """The emulator's stores are locked ones."""
+        self.exit_gpa: int | None = None
+        """The guest-physical address that made KVM emulate, where it stands for the operand."""
         self.reads_first = reads_first(mmu.mmu.profile)
         """An operand that is read and written faults as one that is read."""
         self.original = b""
@@ -96,10 +98,23 @@ class HostAccess(Processor):
         kind = self._kind(access, system)
         try:
             if self.emulating:
+                if self.exit_gpa is not None and self._is_exit_address(address, access, system):
+                    return self.exit_gpa
                 return mmu.emulator_translate(address, kind)
             return mmu.translate(address, kind)
         except GuestPageFault as fault:
             raise Fault(Vector.PF, fault.error, address=fault.address) from None
+
+    def _is_exit_address(self, address: int, access: int, system: bool) -> bool:
+        """Whether the emulator takes the exit's address without a walk (``emulator_read_write_onepage``).
+
+        It looks at the offset in the page alone, which misleads it where the fault was at one of the guest's
+        tables.
+        """
+        assert self.exit_gpa is not None
+        if system or access == _FETCH or self.untracked or (self.locking and access == _WRITE):
+            return False
+        return not (address ^ self.exit_gpa) & _OFFSET
 
     # --- reading -------------------------------------------------------------------------------------
 

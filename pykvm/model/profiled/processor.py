@@ -23,6 +23,7 @@ from pykvm.model.mmu.emulated_opcodes import (
     coverage,
     is_page_table_opcode,
     lacked_feature,
+    uses_exit_gpa,
 )
 from pykvm.model.mmu.vcpu import ControlChange
 from pykvm.model.profiled import emulators, kvm_pvm
@@ -282,6 +283,7 @@ class HostProcessor(HostAccess):
     def _decode(self, cause: EmulateInstruction | None) -> Instruction | None:
         """Fetch and decode; None where that is all, since KVM resumes the guest or gives up."""
         self._saved = self._snapshot()
+        self.exit_gpa = None
         insn: Instruction | None = None
         counters = self.mmu.counters
         injected = counters.pf_guest
@@ -307,6 +309,8 @@ class HostProcessor(HostAccess):
             cause, self.rip, page_table_opcode=is_page_table_opcode(insn)
         ):
             return None
+        if cause is not None and self.mmu.direct and uses_exit_gpa(insn):
+            self.exit_gpa = cause.address
         if found is Coverage.UNHANDLED:
             self._read_operand(insn)
             self._fail(cause)
