@@ -296,6 +296,9 @@ class VcpuMmu:
         """
         if not self.control.cr0 & Cr0.PG:
             return linear & 0xFFFFFFFF
+        if self._mmio is not None and not access & ~_USER and self.is_mmio(linear):
+            # ``vcpu_mmio_gva_to_gpa``: the page that just faulted as MMIO is not looked up again.
+            return self._mmio[1] << 12 | linear & 0xFFF
         try:
             return walk(self, linear, access).gpa
         except GuestPageFault as delivered:

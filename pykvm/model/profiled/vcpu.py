@@ -113,6 +113,7 @@ class ProfiledVcpu(ModelVcpu):
     def counters(self) -> Mapping[str, int]:
         """The single-valued statistics by name."""
         return {
+            "io_exits": 0,
             **self._counts,
             **self.mmu.counters.as_dict(),
             "mmio_exits": self.host_cpu.mmio_exits,
