@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -16,8 +15,7 @@ from pykvm.cli.session import Session, common_options
 from pykvm.crosscheck.compare import Difference, Level, compare
 from pykvm.crosscheck.counters import rule_of
 from pykvm.crosscheck.mmu_example import Example, mismatches
-from pykvm.crosscheck.mmu_examples import EXAMPLES
-from pykvm.crosscheck.mmu_findings import FINDINGS
+from pykvm.crosscheck.mmu_findings import NAMED
 from pykvm.crosscheck.saved import load_case
 from pykvm.crosscheck.scenario import Scenario
 from pykvm.crosscheck.story import StepStory, Story, tell
@@ -26,7 +24,6 @@ from pykvm.machine import System
 from pykvm.profiles import ERAS, KINDS
 
 _WIDTH: Final = 26
-_NAMED: Final[Mapping[str, Example]] = {**EXAMPLES, **FINDINGS}
 
 
 @click.command("explain", short_help="Tell what KVM's MMU does in a scenario, and by which rule.")
@@ -68,8 +65,8 @@ def command(
 
 def _find(name: str) -> tuple[Scenario, Example | None]:
     """The scenario of a worked example or of a file.  Raises UsageError."""
-    if name in _NAMED:
-        return _NAMED[name].scenario, _NAMED[name]
+    if name in NAMED:
+        return NAMED[name].scenario, NAMED[name]
     path = Path(name)
     if not path.exists():
         raise UsageError(
@@ -94,11 +91,11 @@ def _real(session: Session, scenario: Scenario, profile: str | None) -> System |
 
 def _list(session: Session) -> None:
     table = Table("name", "what happens", "source")
-    for example in _NAMED.values():
+    for example in NAMED.values():
         table.add_row(example.name, example.title, example.source)
     session.out.print(table)
     session.document["examples"] = [
-        {"name": each.name, "title": each.title, "source": each.source} for each in _NAMED.values()
+        {"name": each.name, "title": each.title, "source": each.source} for each in NAMED.values()
     ]
 
 

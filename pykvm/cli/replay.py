@@ -19,6 +19,7 @@ from pykvm.crosscheck.instructions.case import InstructionCase
 from pykvm.crosscheck.instructions.compare import describe as describe_case
 from pykvm.crosscheck.instructions.compare import ending
 from pykvm.crosscheck.mass import judge, traces
+from pykvm.crosscheck.mmu_findings import NAMED
 from pykvm.crosscheck.mmu_mass import MmuCheck
 from pykvm.crosscheck.run import EVERYTHING
 from pykvm.crosscheck.saved import SavedPaging, load_case
@@ -51,10 +52,13 @@ from pykvm.model.oracle import InstructionOracle
 def command(session: Session, file: Path, against: str, timeout: float, steps: bool) -> None:
     """Run the case in FILE, which 'pykvm crosscheck' saved, on two machines and compare.
 
+    FILE may also be the name of a worked example or finding ('pykvm explain --list').
+
     The exit status is 0 if they agree and 13 if they do not. Scenarios are compared at the levels L4
     (state), L0 (no page is lost) and L1 (the same pages are reported), those of KVM's MMU at L3 (counters).
     """
-    case = load_case(file)
+    named = NAMED.get(str(file))
+    case = load_case(file) if named is None else named.scenario
     with open_system(session.backend) as first, open_system(against) as second:
         machines = (first.backend, second.backend)
         session.document |= {"file": str(file), "kind": case.to_json()["kind"], "machines": machines}

@@ -30,6 +30,7 @@ from pykvm.crosscheck.mmu_example_guests import (
     store8,
 )
 from pykvm.crosscheck.mmu_example_guests import guest as small_guest
+from pykvm.crosscheck.mmu_examples import EXAMPLES
 from pykvm.crosscheck.scenario import CodeGuest, Contents, Scenario
 from pykvm.crosscheck.snippets import FETCHED, PORT
 from pykvm.crosscheck.steps import SlotPlan, Step
@@ -352,3 +353,5 @@ def _all() -> tuple[Finding, ...]:
 
 FINDINGS: Final[Mapping[str, Finding]] = {finding.name: finding for finding in _all()}
 """By name."""
+NAMED: Final[Mapping[str, Example]] = {**EXAMPLES, **FINDINGS}
+"""The worked examples and the findings, which commands know by name."""

@@ -10,6 +10,7 @@ import pytest
 from pykvm.crosscheck import steps as plan
 from pykvm.crosscheck.instructions.case import FLAT, InstructionCase, Outcome
 from pykvm.crosscheck.instructions.machine import MachineExecutor
+from pykvm.crosscheck.mmu_findings import NAMED
 from pykvm.crosscheck.saved import SavedPaging, load_case, save_case
 from pykvm.errors import UsageError
 from pykvm.machine import Registers
@@ -84,6 +85,14 @@ def test_steps_are_shown_when_asked_for(capfd: Capture, file: Path) -> None:
     assert "On model:" in shown
     assert "step 1: collect slot=1\n    dirty: 1:0x81\n" in shown
     assert "READONLY of a live slot cannot change" in shown
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("name", ["ring-overflow", "straddling-store", "first-store"])
+def test_an_example_or_finding_runs_by_its_name(capfd: Capture, name: str) -> None:
+    result = invoke(capfd, "replay", name)
+    assert result.status == 0, result.err
+    assert result.out == f"Both machines agree about {len(NAMED[name].scenario.steps)} steps.\n"
 
 
 @pytest.mark.kvm
