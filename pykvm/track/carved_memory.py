@@ -93,6 +93,7 @@ class CarvedMemory(ABC):
     def change_flags(self, slot: CarvedSlot, flags: SlotFlags) -> None:
         """Switch logging on or off; READONLY stays what it is, as KVM has it (kvm-mmu.md 2)."""
         with self._lock:
+            self._require(slot)
             if (flags ^ slot.flags) & SlotFlags.READONLY:
                 raise SlotChangeError(
                     errno.EINVAL,
@@ -117,6 +118,7 @@ class CarvedMemory(ABC):
         if gpa == slot.gpa:
             return
         with self._lock, self.gate.held():
+            self._require(slot)
             counts, slot.counts = slot.counts, {}
             try:
                 self._carve(slot)
@@ -143,6 +145,11 @@ class CarvedMemory(ABC):
             finally:
                 for real in slot.pieces.values():
                     real.delete()
+
+    @staticmethod
+    def _require(slot: CarvedSlot) -> None:
+        if not slot.alive:
+            raise ClosedError(f"Slot {slot.id} was deleted; create a new one.")
 
     def _tell_removal(self, gfn: int, pages: int) -> None:
         for node in tuple(self._nodes):
