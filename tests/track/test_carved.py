@@ -551,7 +551,7 @@ def test_a_walk_leaves_a_and_d_clear_in_a_tracked_table_and_reports_nothing(syst
         assert guest.writes() == []
 
 
-PAGE, OTHER, RESULT = 0x220 * PAGE_SIZE, 0x221 * PAGE_SIZE, 0x222 * PAGE_SIZE
+PAGE, OTHER, RESULT, TWIN = (gfn * PAGE_SIZE for gfn in range(0x220, 0x224))
 LOAD = bytes.fromhex("488b1e 48891a")
 """mov rbx, [rsi]; mov [rdx], rbx"""
 
@@ -571,8 +571,8 @@ def edit_a_page_table(guest: Writing, *, tracked: bool) -> int:
     assert guest.writes() == ([Write(entry, word(new))] if tracked else [])
     assert guest.memory.read(entry, 8) == word(new)
     special = guest.vcpus[0].get_special_registers()
-    for bits in (0x18, 0):  # PWT and PCD make it another CR3
-        special.cr3 = guest.page_tables.cr3 | bits
+    guest.memory.write(TWIN, guest.memory.read(guest.page_tables.cr3, PAGE_SIZE))
+    for special.cr3 in (TWIN, guest.page_tables.cr3):
         guest.vcpus[0].set_special_registers(special)
         guest.run(b"")
     guest.run(LOAD, rsi=PAGE, rdx=RESULT)
