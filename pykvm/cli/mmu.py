@@ -19,7 +19,7 @@ from pykvm.model.mmu.vm import Mmu
 from pykvm.model.paging import Access, Control, walk
 from pykvm.model.system import ModelSystem
 from pykvm.probe import detect, read_evidence
-from pykvm.profiles import DEVELOPMENT_HOST, profile
+from pykvm.profiles import DEVELOPMENT_HOST, Profile, profile
 from pykvm.x86.bits import Cr0, Efer
 
 _INDENT: Final = "  "
@@ -85,6 +85,11 @@ def _read(machine: Machine, gpa: int, size: int) -> int | None:
     return None
 
 
+def host_profile(kvm: KvmSystem) -> Profile:
+    """The profile of the host behind ``kvm``, found by probing: that takes a second."""
+    return detect(kvm, read_evidence(), kvm.check_extension).profile
+
+
 def open_model(kvm: System | None, kind: str | None = None, era: str | None = None) -> ModelSystem:
     """The model of a host: of the named ``kind``, else of the one behind ``kvm``, else of the first known.
 
@@ -95,7 +100,7 @@ def open_model(kvm: System | None, kind: str | None = None, era: str | None = No
     if kind is not None:
         known = profile(kind, era or "6.12")
     elif isinstance(kvm, KvmSystem):
-        known = detect(kvm, read_evidence(), kvm.check_extension).profile
+        known = host_profile(kvm)
     else:
         known = profile(*DEVELOPMENT_HOST)
     model = ModelSystem(profile=known)
