@@ -290,6 +290,8 @@ def test_a_slot_made_where_an_mmio_spte_is_gets_mapped() -> None:
     before = rig.counters()
     assert rig.vcpu.translate(DATA + 9 << 12, WRITE) == 0x9000 << 12
     assert moved(before, rig.counters()) == faults(1, pages_4k=1)
+    assert rig.mmu.tdp is not None
+    assert not rig.mmu.tdp.root().maps_mmio(0x9000)
 
 
 # --- zapping -------------------------------------------------------------------------------------------
