@@ -331,6 +331,7 @@ def _sync_marks() -> Finding:
         ),
         architecture=(Expected(1, dirty=(5, 6)), Expected(4, dirty=(PT,))),
         tracker="ring",
+        ring=1024,
         host=HostKind.NATIVE_SHADOW,
         profiles=(("amd-shadow", "6.1"), ("intel-shadow", "6.1")),
     )
