@@ -16,6 +16,7 @@ from pykvm.model.mmu.shadow_fault import (
     no_slot,
     set_mmio_spte,
     shadow_page_fault,
+    stays_split,
 )
 from pykvm.model.mmu.shadow_page import ShadowPage
 from pykvm.model.paging import Access
@@ -102,10 +103,9 @@ def direct_page_fault(vcpu: VcpuMmu, fault: Fault) -> RetPf:
     if slot.flags & INVALID:
         return RetPf.RETRY
     writable = host_writable(slot, gfn, write=fault.write)
-    if writable is None or (fault.write and not writable):
+    if writable is None:
         return RetPf.EMULATE
-    if not mmu.shadow.make_available():
-        return RetPf.RETRY
+    mmu.shadow.make_available()
     return _direct_map(vcpu, fault, writable)
 
 
@@ -117,6 +117,7 @@ def _map_mmio(vcpu: VcpuMmu, fault: Fault) -> RetPf:
     sp = vcpu.top_page(fault.address)
     if sp is None:
         return RetPf.RETRY
+    vcpu.mmu.shadow.make_available()
     sp, index = _descend(vcpu, fault, sp, 1)
     set_mmio_spte(vcpu, sp, index, fault.gfn)
     return RetPf.EMULATE
@@ -127,9 +128,10 @@ def _descend(vcpu: VcpuMmu, fault: Fault, sp: ShadowPage, goal: int) -> tuple[Sh
     shadow = vcpu.mmu.shadow
     while True:
         index = fault.address >> 3 + 9 * sp.level & 511
+        child = sp.children.get(index)
+        goal = stays_split(child, sp.level, goal)
         if sp.level == goal:
             return sp, index
-        child = sp.children.get(index)
         if child is None:
             shift = 9 * (sp.level - 1)
             child = shadow.get_page(
@@ -138,6 +140,8 @@ def _descend(vcpu: VcpuMmu, fault: Fault, sp: ShadowPage, goal: int) -> tuple[Sh
                 roles.child_role(sp.role, roles.ACC_ALL, index, direct=True),
             )
             shadow.link(sp, index, child)
+            if fault.huge_page_disallowed:
+                shadow.account_nx_huge_page(child, possible=fault.req_level >= sp.level)
         sp = child
 
 
@@ -147,14 +151,14 @@ def _direct_map(vcpu: VcpuMmu, fault: Fault, writable: bool) -> RetPf:
     shadow = mmu.shadow
     slot = fault.slot
     assert slot is not None
-    goal = 1 if slot.logs else shadow.possible_level(slot, fault.gfn)
     if not mmu.profile.tdp:
-        goal = min(goal, 2)
+        fault.max_level = 2
+    goal = 1 if slot.logs else fault.adjust_level(vcpu, slot)
     sp = vcpu.top_page(fault.address)
     if sp is None:
         return RetPf.RETRY
     sp, index = _descend(vcpu, fault, sp, goal)
-    level = goal
+    level = sp.level
     shift = 9 * (level - 1)
     result = shadow.set_spte(
         sp,
@@ -186,26 +190,30 @@ def _write_protect_fault(vcpu: VcpuMmu, fault: Fault, *, direct: bool) -> tuple[
 def unprotect_and_retry(vcpu: VcpuMmu, address: int, *, gfn: int | None = None, always: bool = False) -> bool:
     """``__kvm_mmu_unprotect_gfn_and_retry`` (10.7): whether the guest shall try the access natively.
 
-    A linear address is walked for a write first, which sets A and D in the guest's tables.
+    A linear address is walked for a write first, which sets A and D in the guest's tables; nothing is walked
+    where no table is shadowed.  ``always``: the guest tries again even if nothing was zapped.
     """
     mmu = vcpu.mmu
-    if not mmu.shadow.indirect_pages and not always:
+    zapped = False
+    if mmu.shadow.indirect_pages:
+        if gfn is None:
+            gfn = address >> 12 if vcpu.direct else _written_gfn(vcpu, address)
+        zapped = gfn is not None and mmu.shadow.unprotect_gfn(gfn)
+    if not (zapped or always):
         return False
-    if gfn is None:
-        if vcpu.direct:
-            gfn = address >> 12
-        else:
-            try:
-                gfn = walk(vcpu, address, int(Access.WRITE)).gfn
-            except GuestPageFault:
-                return always
-    zapped = mmu.shadow.unprotect_gfn(gfn)
-    if zapped or always:
-        if mmu.journal is not None:
-            mmu.journal.note(f"gfn {gfn:#x} is unprotected, the guest tries again", "kvm-mmu.md 10.7")
-        vcpu.last_retry = vcpu.rip, address
-        return True
-    return False
+    if mmu.journal is not None:
+        what = f"gfn {gfn:#x} is unprotected" if zapped else "nothing is unprotected"
+        mmu.journal.note(f"{what}, the guest tries again", "kvm-mmu.md 10.7")
+    vcpu.last_retry = vcpu.rip, address
+    return True
+
+
+def _written_gfn(vcpu: VcpuMmu, linear: int) -> int | None:
+    """``kvm_mmu_gva_to_gpa_write``: what a supervisor's write would reach; None where it would fault."""
+    try:
+        return walk(vcpu, linear, int(Access.WRITE)).gfn
+    except GuestPageFault:
+        return None
 
 
 def _words(error: int) -> str:

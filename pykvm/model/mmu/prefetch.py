@@ -35,7 +35,12 @@ def prefetch_leaf(vcpu: VcpuMmu, sp: ShadowPage, index: int, gfn: int, access: i
 
 
 def prefetch_direct(vcpu: VcpuMmu, sp: ShadowPage, index: int) -> None:
-    """``__direct_pte_prefetch``: runs of absent neighbours; one that has no slot ends it."""
+    """``direct_pte_prefetch``: runs of absent neighbours; one that has no slot ends it.
+
+    Without A bits a prefetched SPTE could not be told from an accessed one: then there is none (7.2).
+    """
+    if sp.role & roles.AD_DISABLED:
+        return
     first = index & -GROUP
     run: list[int] = []
     for number in range(first, first + GROUP + 1):

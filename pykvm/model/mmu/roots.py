@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pykvm.model.mmu import roles
@@ -25,6 +26,11 @@ class Root(NamedTuple):
     pgd: int
     role: RootRole
     pages: tuple[ShadowPage | None, ...]
+
+    @property
+    def is_dummy(self) -> bool:
+        """Whether it maps nothing, since CR3 had no slot when it was loaded."""
+        return all(sp is None for sp in self.pages)
 
 
 class Roots:
@@ -68,9 +74,8 @@ class Roots:
         vcpu = self._vcpu
         memslots = vcpu.mmu.memslots
         gfn = (pgd & ADDRESS) >> 12
-        if role.levels != 3 and memslots.visible(gfn) is None:
-            if not vcpu.mmu.profile.dummy_root:
-                raise TripleFault
+        if memslots.visible(gfn) is None:
+            self._require_dummy_root()
             return (None,) * (1 if role.levels >= 4 else _PAE_ROOTS)
         if role.levels >= 4:
             return (self._page(gfn, role.role),)
@@ -79,12 +84,22 @@ class Roots:
             return tuple(
                 self._page(gfn, level_2 | number << roles.QUADRANT_SHIFT) for number in range(_PAE_ROOTS)
             )
-        return tuple(
-            self._page((entry & ADDRESS) >> 12, level_2)
-            if entry & 1 and memslots.visible((entry & ADDRESS) >> 12) is not None
-            else None
-            for entry in vcpu.control.pdptrs
-        )
+        pages: list[ShadowPage | None] = []
+        for entry in vcpu.control.pdptrs:
+            gfn = (entry & ADDRESS) >> 12
+            if not entry & 1:
+                pages.append(None)
+            elif memslots.visible(gfn) is None:
+                self._require_dummy_root()
+                pages.append(None)
+            else:
+                pages.append(self._page(gfn, level_2))
+        return tuple(pages)
+
+    def _require_dummy_root(self) -> None:
+        """The root has no slot: up to 6.1 ``mmu_check_root`` shuts the vCPU down."""
+        if not self._vcpu.mmu.profile.dummy_root:
+            raise TripleFault
 
     def _page(self, gfn: int, role: int) -> ShadowPage:
         sp = self._vcpu.mmu.shadow.get_page(self._vcpu, gfn, role)
@@ -106,12 +121,15 @@ class Roots:
 
     def free_unsync_previous(self) -> None:
         """``kvm_mmu_sync_prev_roots``: cached roots with something unsync are dropped instead."""
-        for number, root in enumerate(self.previous):
-            if root is not None and any(
-                sp is not None and (sp.unsync_child_bitmap or sp.unsync) for sp in root.pages
-            ):
-                self._free([root])
-                self.previous[number] = None
+        self.free_previous(
+            lambda root: any(sp is not None and (sp.unsync_child_bitmap or sp.unsync) for sp in root.pages)
+        )
+
+    def free_previous(self, chosen: Callable[[Root], bool]) -> None:
+        """Drop the cached roots, the current one aside, that are ``chosen``."""
+        gone = [root for root in self.previous if root is not None and chosen(root)]
+        self.previous = [None if root in gone else root for root in self.previous]
+        self._free(gone)
 
     # --- letting go ----------------------------------------------------------------------------------
 
@@ -132,11 +150,13 @@ class Roots:
         self._free(gone)
 
     def free_obsolete(self) -> None:
-        """``kvm_mmu_free_obsolete_roots``: those whose pages were zapped under them."""
+        """``kvm_mmu_free_obsolete_roots``: those whose pages were zapped under them, and dummies."""
         shadow = self._vcpu.mmu.shadow
 
         def obsolete(root: Root | None) -> bool:
-            return root is not None and any(sp is not None and shadow.is_obsolete(sp) for sp in root.pages)
+            if root is None:
+                return False
+            return root.is_dummy or any(sp is not None and shadow.is_obsolete(sp) for sp in root.pages)
 
         gone = [root for root in self._all() if obsolete(root)]
         if obsolete(self.current):

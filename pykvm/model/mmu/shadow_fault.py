@@ -10,6 +10,7 @@ from pykvm.model.mmu.memslots import INVALID, LOG_DIRTY_PAGES, READONLY, Memslot
 from pykvm.model.mmu.outcomes import RetPf
 from pykvm.model.mmu.prefetch import GROUP, prefetch_direct, prefetch_leaf
 from pykvm.model.mmu.shadow_page import ShadowPage
+from pykvm.model.mmu.tdp_fault import no_host_memory
 from pykvm.model.mmu.unsync import gpte_access, invalid_for_prefetch
 from pykvm.model.paging import Access
 from pykvm.model.paging_format import ADDRESS
@@ -30,7 +31,18 @@ _RULE: Final = "kvm-mmu.md 7.3"
 class Fault:
     """``struct kvm_page_fault``: what is asked, and what was found out so far."""
 
-    __slots__ = ("address", "error", "gfn", "max_level", "slot", "user", "write", "write_to_own_table")
+    __slots__ = (
+        "address",
+        "error",
+        "gfn",
+        "huge_page_disallowed",
+        "max_level",
+        "req_level",
+        "slot",
+        "user",
+        "write",
+        "write_to_own_table",
+    )
 
     def __init__(self, address: int, error: int) -> None:
         self.address = address
@@ -40,8 +52,18 @@ class Fault:
         self.gfn = 0
         self.slot: Memslot | None = None
         self.max_level = 3
+        self.req_level = 1
+        """The largest leaf that guest, host and slot allow."""
+        self.huge_page_disallowed = False
+        """It executes under the NX mitigation: the leaf is a small one, however large it could be."""
         self.write_to_own_table = False
         """The write targets one of the tables that translate its own address (EMULTYPE_WRITE_PF_TO_SP)."""
+
+    def adjust_level(self, vcpu: VcpuMmu, slot: Memslot) -> int:
+        """The level to map at, up to ``max_level``, in a slot that does not log."""
+        self.huge_page_disallowed = bool(self.error & _PF_F) and vcpu.mmu.profile.nx_huge_pages
+        self.req_level = min(self.max_level, vcpu.mmu.shadow.possible_level(slot, self.gfn))
+        return 1 if self.huge_page_disallowed else self.req_level
 
 
 def access_of(error: int) -> int:
@@ -74,12 +96,13 @@ def shadow_page_fault(vcpu: VcpuMmu, fault: Fault) -> RetPf:
     if slot is None:
         result = no_slot(vcpu, fault)
         if result is RetPf.CONTINUE:
+            mmu.shadow.make_available()
             result = _fetch(vcpu, fault, found, found.pte_access, False)
         return result
     if slot.flags & INVALID:
         return RetPf.RETRY
     writable = host_writable(slot, found.gfn, write=fault.write)
-    if writable is None or (fault.write and not writable):
+    if writable is None:
         return RetPf.EMULATE
     access = found.pte_access
     if fault.write and not access & roles.ACC_WRITE and not vcpu.control.cr0 & _WP and not fault.user:
@@ -87,8 +110,7 @@ def shadow_page_fault(vcpu: VcpuMmu, fault: Fault) -> RetPf:
         access = (access | roles.ACC_WRITE) & ~roles.ACC_USER
         if vcpu.control.cr4 & _SMEP:
             access &= ~roles.ACC_EXEC
-    if not mmu.shadow.make_available():
-        return RetPf.RETRY
+    mmu.shadow.make_available()
     return _fetch(vcpu, fault, found, access, writable)
 
 
@@ -102,10 +124,17 @@ def no_slot(vcpu: VcpuMmu, fault: Fault) -> RetPf:
 
 
 def host_writable(slot: Memslot, gfn: int, *, write: bool) -> bool | None:
-    """Whether the host frame is writable (``kvm_faultin_pfn``); None where there is none."""
-    if slot.flags & READONLY:
-        return False
-    return slot.host.writable(gfn - slot.base_gfn, write_fault=write)
+    """Whether the host frame is writable (``kvm_faultin_pfn``); None for a write that the slot forbids,
+    which is emulated.  Raises KvmError (EFAULT), with which KVM_RUN fails, where the host has no such memory
+    (hosts.md C.3).
+    """
+    readonly = bool(slot.flags & READONLY)
+    if readonly and write:
+        return None
+    writable = slot.host.writable(gfn - slot.base_gfn, write_fault=write)
+    if writable is None or (write and not writable):
+        raise no_host_memory(gfn)
+    return writable and not readonly
 
 
 def _unchanged(vcpu: VcpuMmu, found: GuestWalk, number: int, size: int) -> bool:
@@ -123,6 +152,10 @@ def _fetch(vcpu: VcpuMmu, fault: Fault, found: GuestWalk, access: int, writable:
     size = 4 if vcpu.root.levels == 2 else 8
     sp = vcpu.top_page(fault.address)
     if sp is None:
+        root = vcpu.roots.current
+        if root is not None and root.is_dummy:
+            # The root's gfn got a slot since: a real root is loaded before the guest tries again.
+            vcpu.requests.free_obsolete = True
         return RetPf.RETRY
     address = fault.address
     level = sp.level
@@ -157,9 +190,10 @@ def _fetch(vcpu: VcpuMmu, fault: Fault, found: GuestWalk, access: int, writable:
     while True:
         sp.write_flooding_count = 0
         index = address >> 3 + 9 * level & 511
+        child = sp.children.get(index)
+        goal = stays_split(child, level, goal)
         if level == goal:
             break
-        child = sp.children.get(index)
         if child is not None and child.access != access:
             # The guest's entry went from clean to dirty: another direct page, with W (validate_direct_spte).
             shadow.drop_parent(child, sp, index)
@@ -174,6 +208,8 @@ def _fetch(vcpu: VcpuMmu, fault: Fault, found: GuestWalk, access: int, writable:
                 shadow.drop_parent(sp.children[index], sp, index)
                 mmu.flush_remote_tlbs()
             shadow.link(sp, index, child)
+            if fault.huge_page_disallowed:
+                shadow.account_nx_huge_page(child, possible=fault.req_level >= level)
         sp = child
         level -= 1
     shift = 9 * (level - 1)
@@ -205,7 +241,14 @@ def _goal_level(vcpu: VcpuMmu, fault: Fault, slot: Memslot | None) -> int:
     """``kvm_mmu_hugepage_adjust``: never larger than the guest's page, and 4 KiB while the slot logs."""
     if slot is None or fault.max_level == 1 or slot.flags & LOG_DIRTY_PAGES:
         return 1
-    return min(fault.max_level, vcpu.mmu.shadow.possible_level(slot, fault.gfn))
+    return fault.adjust_level(vcpu, slot)
+
+
+def stays_split(child: ShadowPage | None, level: int, goal: int) -> int:
+    """``disallowed_hugepage_adjust``: what the NX mitigation took apart stays so: the level to map at."""
+    if level == goal and level > 1 and child is not None and child.nx_huge_page_disallowed:
+        return goal - 1
+    return goal
 
 
 def _prefetch(vcpu: VcpuMmu, sp: ShadowPage, index: int, found: GuestWalk, size: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, Final
 
+from pykvm.errors import KvmError
 from pykvm.model.mmu import roles, spte
 from pykvm.model.mmu.memslots import Memslot
 from pykvm.model.mmu.rmap import Rmap
@@ -157,6 +159,14 @@ class ShadowMmu(ShadowSptes):
         del parent.children[index]
         del parent.spt[index]
 
+    def account_nx_huge_page(self, sp: ShadowPage, *, possible: bool) -> None:
+        """``account_nx_huge_page``: the direct page was made for an executing access under the mitigation;
+        ``possible`` if a huge page could have taken its place."""
+        sp.nx_huge_page_disallowed = True
+        if possible and not sp.nx_split:
+            sp.nx_split = True
+            self.mmu.counters.nx_lpage_splits += 1
+
     def possible_level(self, slot: Memslot, gfn: int) -> int:
         """The largest leaf that slot and host allow at a gfn."""
         host = slot.host.level(gfn - slot.base_gfn)
@@ -210,6 +220,9 @@ class ShadowMmu(ShadowSptes):
             self.active.pop(sp, None)
             zapped.append(sp)
             self.used -= 1
+        if sp.nx_split:
+            sp.nx_split = False
+            mmu.counters.nx_lpage_splits -= 1
         sp.invalid = True
         return count
 
@@ -301,13 +314,21 @@ class ShadowMmu(ShadowSptes):
             limit = self.used
         self.limit = limit
 
-    def make_available(self) -> bool:
-        """``make_mmu_pages_available``: room for a fault's pages; False where there is none to be had."""
+    def make_available(self) -> None:
+        """``make_mmu_pages_available``: room for a fault's pages.
+
+        Raises KvmError (ENOSPC), with which KVM_RUN fails, where only active roots are left.
+        """
         free = self.limit - self.used
         if free >= _MIN_FREE:
-            return True
+            return
         self._zap_oldest(_REFILL - max(free, 0))
-        return self.limit > self.used
+        if self.limit <= self.used:
+            raise KvmError(
+                errno.ENOSPC,
+                "KVM_RUN",
+                f"all {self.limit} shadow pages are roots in use; allow more with KVM_SET_NR_MMU_PAGES.",
+            )
 
     def _zap_oldest(self, wanted: int) -> int:
         """``kvm_mmu_zap_oldest_mmu_pages``: active roots are passed over."""

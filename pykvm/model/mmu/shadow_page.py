@@ -26,6 +26,8 @@ class ShadowPage:
         "invalid",
         "level",
         "mmio_generation",
+        "nx_huge_page_disallowed",
+        "nx_split",
         "parents",
         "role",
         "root_count",
@@ -60,6 +62,10 @@ class ShadowPage:
         self.unsync_child_bitmap: set[int] = set()
         """Indices of SPTEs below which something is unsync."""
         self.write_flooding_count = 0
+        self.nx_huge_page_disallowed = False
+        """Direct page that maps small pages so that they can be executed (NX huge-page mitigation)."""
+        self.nx_split = False
+        """A huge page would stand in its place without the mitigation: nx_lpage_splits counts it."""
 
     @property
     def unsync_children(self) -> int:

@@ -94,6 +94,7 @@ class ShadowSptes:
             if index in sp.children:
                 self.mmu.shadow.drop_parent(sp.children[index], sp, index)
                 flush = True
+                old = 0
             elif old & spte.ADDRESS != gfn << 12:
                 self.drop_spte(sp, index)
                 flush = True

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 from pykvm.model.mmu import roles
 from pykvm.model.mmu.shadow_mmu import flooded
 from pykvm.model.mmu.shadow_page import ShadowPage
+from pykvm.x86.bits import Cr4
 
 if TYPE_CHECKING:
     from pykvm.model.mmu.vcpu import VcpuMmu
@@ -22,7 +23,7 @@ def track_write(vcpu: VcpuMmu, gpa: int, size: int) -> None:
         return
     counters = mmu.counters
     gfn = gpa >> 12
-    if size == 4 and vcpu.root.levels > 2:
+    if size == 4 and vcpu.control.cr4 & Cr4.PAE:
         gpa &= ~7
         size = 8
     counters.mmu_pte_write += 1

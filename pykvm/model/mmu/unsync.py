@@ -199,8 +199,11 @@ class Unsync:
         if not gpte & Pte.D:
             access &= ~roles.ACC_WRITE
         if old & spte.MMIO and not old & spte.MMU_PRESENT:
+            # ``sync_mmio_spte``: cleared for another gfn, else written anew, with the generation of now.
             if old & spte.ADDRESS & ~spte.MMIO != gfn << 12:
                 del sp.spt[index]
+            else:
+                sp.mmio_generation[index] = mmu.memslots.generations[0]
             return False
         if old & spte.ADDRESS != gfn << 12:
             mmu.shadow.drop_spte(sp, index)
@@ -230,7 +233,8 @@ class Unsync:
     def refetch(self, vcpu: VcpuMmu, sp: ShadowPage, index: int) -> None:
         """[6.1] INVLPG on an unsync page: the SPTE goes, and the table's entry of now is prefetched."""
         mmu = self._mmu
-        mmu.shadow.drop_spte(sp, index)
+        if mmu.shadow.zap_entry(sp, index):
+            mmu.flush_remote_tlbs()
         form = format_of(vcpu.control)
         slot = mmu.memslots.visible(sp.gfn)
         if slot is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+from pykvm.model.mmu.memslots import INVALID
 from pykvm.model.mmu.vcpu import ControlChange, StuckGuestError, VcpuMmu
 from pykvm.x86.bits import Cr4
 from tests.model.mmu.shadow_guest import (
@@ -411,9 +412,12 @@ def test_a_table_without_a_slot_is_not_present() -> None:
 
 
 def test_an_access_that_faults_for_ever_is_reported() -> None:
+    """A slot that stays invalid: KVM waits for its change to end, which never happens here."""
     made, vcpu = guest()
     made.enter(vcpu)
-    made.mmu.shadow.limit = 0
-    made.mmu.shadow.requested = True
+    slot = made.mmu.memslots.set_region(1, 0, 0x8000 << 12, 4096, 0, memoryview(bytearray(4096)))
+    assert slot is not None
+    slot.flags |= INVALID
+    made.entry(PT, 0x50, 0x8000 << 12 | PAGE)
     with pytest.raises(StuckGuestError):
         vcpu.translate(0x50000, STORE)
