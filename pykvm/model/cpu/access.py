@@ -329,8 +329,9 @@ class MemoryAccess(State):
         """The host replaced control registers, or what CPUID tells."""
         self.flush_tlb()
 
-    def control_changed(self, *, loads_cr3: bool = False) -> None:
-        """The guest changed CR0, CR4 or EFER, or (``loads_cr3``) it loaded CR3."""
+    def control_changed(self, *, loads_cr3: bool = False, keeps_pcid: bool = False) -> None:
+        """The guest changed CR0, CR4 or EFER, or (``loads_cr3``) it loaded CR3, with bit 63 set if
+        ``keeps_pcid``."""
         self.flush_tlb()
 
     def flush_tlb(self) -> None:
@@ -340,6 +341,10 @@ class MemoryAccess(State):
         self._system = Translations()
         self._tables.clear()
         self.epoch += 1
+
+    def flush_pcid(self, kind: int, pcid: int, address: int) -> None:
+        """INVPCID of a type: more than asked for may be dropped."""
+        self.flush_tlb()
 
     def flush_page(self, address: int) -> None:
         """INVLPG: drop the translations of one linear page."""

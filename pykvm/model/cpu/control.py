@@ -112,7 +112,8 @@ def clts(cpu: Processor, insn: Instruction) -> None:
 
 def set_cr3(cpu: Processor, value: int) -> None:
     """MOV to CR3.  Bit 63 with CR4.PCIDE only asks not to flush; our caches are coherent, so flushing
-    all the same shows nowhere."""
+    all the same shows nowhere but in what a host's KVM counts."""
+    keeps = bool(cpu.cr4 & Cr4.PCIDE and value & _CR3_NO_FLUSH)
     if cpu.cr4 & Cr4.PCIDE:
         value &= ~_CR3_NO_FLUSH
     if value >> cpu.features.physical_bits and cpu.long_mode:
@@ -125,7 +126,7 @@ def set_cr3(cpu: Processor, value: int) -> None:
         except Fault:
             cpu.cr3 = before
             raise
-    cpu.control_changed(loads_cr3=True)
+    cpu.control_changed(loads_cr3=True, keeps_pcid=keeps)
 
 
 # --- CR4 ------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def invpcid(cpu: Processor, insn: Instruction) -> None:
         raise Fault.gp()
     if type_ == 0:
         require_canonical(cpu, address)
-    cpu.flush_tlb()
+    cpu.flush_pcid(type_, pcid, address)
 
 
 @semantics("wbinvd", "wbnoinvd", "invd")

@@ -12,11 +12,12 @@ A processor runs guest code in one of two ways, and asks accordingly:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from pykvm.errors import PykvmError
 from pykvm.model.mmu import spte
-from pykvm.model.mmu.control_change import ControlChange, apply_change
+from pykvm.model.mmu.control_change import ControlChange, apply_change, invpcid
 from pykvm.model.mmu.counters import VcpuCounters
 from pykvm.model.mmu.dirty_ring import DirtyRing
 from pykvm.model.mmu.guest_walk import walk
@@ -26,7 +27,7 @@ from pykvm.model.mmu.page_fault import page_fault, unprotect_and_retry
 from pykvm.model.mmu.profile import Paging
 from pykvm.model.mmu.requests import Requests
 from pykvm.model.mmu.roles import RootRole, root_role
-from pykvm.model.mmu.roots import Roots
+from pykvm.model.mmu.roots import Root, Roots
 from pykvm.model.mmu.shadow_page import ShadowPage
 from pykvm.model.mmu.tdp_access import TdpAccess
 from pykvm.model.mmu.track_write import track_write
@@ -361,7 +362,7 @@ class VcpuMmu:
         now is looked at again."""
         self.counters.pf_guest += 1
         if self.tdp is None and delivered.error & _PF_P and not delivered.error & _PF_RSVD:
-            self._invalidate(delivered.address, all_roots=False)
+            self.invalidate(delivered.address, [self.roots.current])
 
     def invlpg(self, linear: int) -> None:
         """INVLPG (10.5), which is intercepted and counted only without nested paging."""
@@ -369,10 +370,17 @@ class VcpuMmu:
             self.tdp.flush()
             return
         self.counters.invlpg += 1
-        self._invalidate(linear, all_roots=True)
+        self.invalidate(linear, [self.roots.current, *self.roots.previous])
 
-    def _invalidate(self, linear: int, *, all_roots: bool) -> None:
-        """``kvm_mmu_invalidate_addr``: the SPTE of an unsync page is brought in step."""
+    def invpcid(self, kind: int, pcid: int, linear: int) -> None:
+        """INVPCID (13.5), which is intercepted and counted only without nested paging."""
+        if self.tdp is not None:
+            self.tdp.flush()
+        else:
+            invpcid(self, kind, pcid, linear)
+
+    def invalidate(self, linear: int, roots: Sequence[Root | None]) -> None:
+        """``kvm_mmu_invalidate_addr``: the SPTE of an unsync page is brought in step below these roots."""
         page = linear >> 12
         if self.is_mmio(linear):
             self.forget_mmio()
@@ -381,7 +389,6 @@ class VcpuMmu:
             tlb.pop(page, None)
         if not self.root.levels:
             return
-        roots = [self.roots.current, *(self.roots.previous if all_roots else ())]
         for root in roots:
             if root is None:
                 continue

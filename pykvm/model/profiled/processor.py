@@ -422,8 +422,10 @@ class HostProcessor(HostAccess):
 
     # --- control registers ---------------------------------------------------------------------------
 
-    def control_changed(self, *, loads_cr3: bool = False) -> None:
-        change = ControlChange.MOV_CR3 if loads_cr3 else ControlChange.OTHER
+    def control_changed(self, *, loads_cr3: bool = False, keeps_pcid: bool = False) -> None:
+        change = ControlChange.OTHER
+        if loads_cr3:
+            change = ControlChange.MOV_CR3_NO_FLUSH if keeps_pcid else ControlChange.MOV_CR3
         self.mmu.set_control(self.paging_control(), change)
 
     def host_changed_control(self) -> None:
@@ -457,6 +459,9 @@ class HostProcessor(HostAccess):
         super().update_mode()
         if bool(self.rflags & _AC) != self.mmu.control.ac:
             self.live_control()
+
+    def flush_pcid(self, kind: int, pcid: int, address: int) -> None:
+        self.mmu.invpcid(kind, pcid, address)
 
     def flush_page(self, address: int) -> None:
         self.mmu.invlpg(address)
