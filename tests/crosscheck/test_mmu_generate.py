@@ -4,12 +4,14 @@ one is found and shrunk."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from pykvm.cli.mmu import host_profile
 from pykvm.crosscheck import mmu_mass
 from pykvm.crosscheck import steps as plan
 from pykvm.crosscheck.compare import Agreement, Difference, Level, compare
@@ -26,6 +28,7 @@ from pykvm.crosscheck.snippets import FETCH_OFFSET, SNIPPETS, image, place
 from pykvm.crosscheck.trace import Trace
 from pykvm.kvm import KvmSystem, KvmVcpu
 from pykvm.memory import PAGE_SIZE
+from pykvm.model.system import ModelSystem
 
 REPEATED = 40
 
@@ -203,6 +206,40 @@ def test_differing_counters_come_with_the_cause_first() -> None:
     other = {"machine.pages_4k": 2, "vcpu0.pf_taken": 2, "machine.mmu_unsync": 0}
     assert list(differing(one, other)) == ["vcpu0.pf_taken", "machine.pages_4k"]
     assert differing(one, dict(one)) == ()
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def like_host(system: KvmSystem) -> Iterator[ModelSystem]:
+    """The model of this host, where its scenarios are known to agree to the last counter."""
+    known = host_profile(system)
+    if known.name != "pvm-shadow":
+        pytest.skip(f"random scenarios are held against kvm_pvm hosts, this one is {known.name}")
+    with ModelSystem(profile=known) as model:
+        yield model
+
+
+@pytest.mark.parametrize("seed", [71, 72])
+def test_model_and_real_kvm_agree(
+    system: KvmSystem, like_host: ModelSystem, tmp_path: Path, seed: int
+) -> None:
+    """Replay: pykvm crosscheck --kind scenarios --level L3 --seed SEED --count 40"""
+    report = run_mmu_scenarios(system, like_host, seconds=120, seed=seed, count=40, directory=tmp_path)
+    assert [str(each) for each in report.disagreements] == []
+    assert report.cases == 40
+
+
+@pytest.mark.slow
+def test_many_agree_and_fast(system: KvmSystem, like_host: ModelSystem, tmp_path: Path) -> None:
+    """At least 50 a second on a machine that is not shared; what others take does not count here."""
+    begin = time.process_time()
+    report = run_mmu_scenarios(system, like_host, seconds=600, seed=73, count=1000, directory=tmp_path)
+    rate = report.cases / (time.process_time() - begin)
+    assert [str(each) for each in report.disagreements] == []
+    assert report.unrepeatable < 10
+    assert rate > 40, "50 with some room for a processor whose caches others use, too"
 
 
 # --- mass runs and shrinking ---------------------------------------------------------------------
