@@ -28,7 +28,7 @@ BEHAVIOURS: Final = tuple(each.name for each in fields(Profile) if each.name not
 _HIDDEN: Final[Mapping[str, str]] = {
     "refuses_missing_table_slot": "shows only with page tables in one of KVM's own slots",
     "counts_emulate_before_retry": "shows only if an event is injected while a table is written",
-    "separate_read_access": "an encoding: nothing outside of KVM sees it",
+    "separate_read_access": "an encoding: it shows after 2^17 changes of slots only",
     "marks_without_vcpu": "no VM ioctl of x86 writes to guest memory that is logged",
     "ring_full_by_request": "both ways end KVM_RUN at the same point",
     "track_query_both_spaces": "needs a guest in system-management mode that edits its tables",

@@ -173,6 +173,9 @@ class PinnedPages:
 class SlotObserver(Protocol):
     """Who is told of changes: the VM's MMU."""
 
+    def generation_changed(self, generation: int) -> None:
+        """An update was published: ``kvm_arch_memslots_updated``."""
+
     def slot_invalidated(self, slot: Memslot, change: Change) -> None:
         """A slot that goes away or moves was published as INVALID: ``kvm_arch_flush_shadow_memslot``."""
 
@@ -328,6 +331,7 @@ class Memslots:
         self._bases[as_id] = [slot.base_gfn for slot in ordered]
         self._found[as_id].clear()
         self.generations[as_id] = (self.generations[as_id] & ~_GENERATION_UPDATE) + spaces
+        self._observer.generation_changed(self.generations[as_id])
 
     # --- refusals ------------------------------------------------------------------------------------
 

@@ -21,6 +21,8 @@ from pykvm.model.mmu.unsync import Unsync
 from pykvm.model.mmu.vcpu import VcpuMmu
 
 _RING: Final = "KVM_ENABLE_CAP(DIRTY_LOG_RING)"
+_MMIO_GENERATION_BITS: Final = 19
+"""One less where SPTEs have a bit for user execution (section 8)."""
 _WITH_BITMAP: Final = "KVM_ENABLE_CAP(DIRTY_LOG_RING_WITH_BITMAP)"
 
 
@@ -134,6 +136,14 @@ class Mmu:
             slot.dirty_bitmap = None
         elif slot.dirty_bitmap is None:
             self.dirty_log.allocate(slot)
+
+    def generation_changed(self, generation: int) -> None:
+        """``kvm_mmu_invalidate_mmio_sptes``: MMIO SPTEs carry so many bits of the generation that an old one
+        could be taken for a new one after a round: then everything is zapped (section 2)."""
+        bits = _MMIO_GENERATION_BITS - self.profile.separate_read_access
+        if not generation & (1 << bits) - 1 & -self.profile.address_spaces:
+            for tables in self.tables:
+                tables.zap_all_fast()
 
     def slot_invalidated(self, slot: Memslot, change: Change) -> None:
         for vcpu in self.vcpus:

@@ -204,6 +204,20 @@ def test_a_stale_mmio_spte_counts_a_fault() -> None:
     assert made.store(vcpu, 0x50000).moved["pf_mmio_spte_created"] == 1
 
 
+@pytest.mark.parametrize(("era", "bits"), [("6.12", 19), ("7.2", 18)], ids=str)
+def test_a_round_of_the_mmio_generation_zaps_everything(era: str, bits: int) -> None:
+    """Section 2: MMIO SPTEs carry the low bits of the generation; when they are all 0, none may be left."""
+    made, vcpu = guest(era=era)
+    made.load(vcpu, 0x50000)
+    memslots = made.mmu.memslots
+    memslots.generations[0] = (1 << bits) - 4
+    memslots.set_region(0, 0, 0, 4096 * 4096, HOST)
+    assert "mmu_shadow_zapped" not in made.did().moved
+    memslots.set_region(0, 1, 0, 4096 * 4096, HOST)
+    assert memslots.generations[0] == 1 << bits
+    assert made.did().moved["mmu_shadow_zapped"] == 4
+
+
 def test_invlpg_of_an_absent_entry_prefetches_it_in_6_1() -> None:
     """FNAME(invlpg) of 6.1 looks at the table whether or not there was an SPTE, as long as it is unsync."""
     made, vcpu = guest(era="6.1")

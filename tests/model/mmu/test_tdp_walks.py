@@ -134,6 +134,18 @@ def test_pml_entries_come_before_what_the_exit_itself_marks(era: str, expected: 
     assert rig.pushed() == [*expected, DATA + 7]
 
 
+def test_get_collects_the_pml_buffer_of_a_vcpu_that_another_thread_runs() -> None:
+    """KVM_GET_DIRTY_LOG kicks the vCPU, and its own exit marks what it holds: no mark without a vCPU, which
+    a 6.1 kernel would drop."""
+    rig = TdpRig("intel-ept 6.1", ring=False, flags=0, leaf=PRESET)
+    rig.store(DATA)
+    rig.set_flags(LOG_DIRTY_PAGES)
+    rig.vcpu.translate(DATA << 12, WRITE)
+    rig.mmu.loaded = None
+    words = rig.mmu.dirty_log.get(rig.slot)
+    assert int(words[DATA >> 6]) >> (DATA & 63) & 1
+
+
 def test_a_full_pml_buffer_exits_in_the_middle() -> None:
     rig = TdpRig("intel-ept 7.2", leaf=PRESET)
     pages = range(DATA, DATA + 600)
