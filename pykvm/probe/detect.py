@@ -26,6 +26,7 @@ BEHAVIOURS: Final = tuple(each.name for each in fields(Profile) if each.name not
 """All behaviours of a profile, in its order."""
 
 _HIDDEN: Final[Mapping[str, str]] = {
+    "resets_at_shutdown": "goes with the vendor",
     "refuses_missing_table_slot": "shows only with page tables in one of KVM's own slots",
     "counts_emulate_before_retry": "shows only if an event is injected while a table is written",
     "separate_read_access": "an encoding: it shows after 2^17 changes of slots only",

@@ -101,6 +101,9 @@ class Profile:
     exit_per_emulated_user_failure: bool = False
     """An instruction at CPL 3 that cannot be emulated exits (kvm_pvm; hosts.md C.2), else the guest sees #UD
     (12.3)."""
+    resets_at_shutdown: bool = False
+    """A triple fault leaves the vCPU as INIT does, ready to run from the reset vector (kvm_amd, whose VMCB is
+    undefined then; hosts.md C.2), else as it was."""
     lazy_cr3_sync: bool = False
     """MOV to CR3 synchronises at the next entry only (kvm_pvm, where CPL 0 is emulated; hosts.md B.11, 4)."""
 
