@@ -551,15 +551,15 @@ def test_a_walk_leaves_a_and_d_clear_in_a_tracked_table_and_reports_nothing(syst
         assert guest.writes() == []
 
 
-PAGE, OTHER, RESULT, TWIN = (gfn * PAGE_SIZE for gfn in range(0x220, 0x224))
+PAGE, OTHER, RESULT = (gfn * PAGE_SIZE for gfn in range(0x220, 0x223))
 LOAD = bytes.fromhex("488b1e 48891a")
 """mov rbx, [rsi]; mov [rdx], rbx"""
 
 
 def edit_a_page_table(guest: Writing, *, tracked: bool) -> int:
-    """Have the guest map PAGE to where OTHER lies, after it has used PAGE; what it then reads from there.
+    """Have the guest map PAGE to where OTHER lies, once it has used PAGE; what a second vCPU reads there.
 
-    Between the two the translation is flushed by CR3, from outside, since a guest at CPL 3 cannot.
+    That one has not used PAGE before, so its processor can have no old translation.
     """
     guest.memory.write(OTHER, word(0x1234))
     entry = guest.page_tables.entry_address(PAGE)
@@ -570,25 +570,20 @@ def edit_a_page_table(guest: Writing, *, tracked: bool) -> int:
     guest.run(STORE, rdi=entry, rax=new)
     assert guest.writes() == ([Write(entry, word(new))] if tracked else [])
     assert guest.memory.read(entry, 8) == word(new)
-    special = guest.vcpus[0].get_special_registers()
-    guest.memory.write(TWIN, guest.memory.read(guest.page_tables.cr3, PAGE_SIZE))
-    for special.cr3 in (TWIN, guest.page_tables.cr3):
-        guest.vcpus[0].set_special_registers(special)
-        guest.run(b"")
-    guest.run(LOAD, rsi=PAGE, rdx=RESULT)
+    guest.run(LOAD, 1, rsi=PAGE, rdx=RESULT)
     return int.from_bytes(guest.memory.read(RESULT, 8), "little")
 
 
 @pytest.mark.parametrize("cpl", [3, 0])
 def test_a_guests_page_table_that_is_not_tracked_is_obeyed(system: System, cpl: int) -> None:
-    with carved(system, cpl=cpl) as guest:
+    with carved(system, cpl=cpl, vcpus=2) as guest:
         assert edit_a_page_table(guest, tracked=False) == 0x1234
 
 
 @pytest.mark.parametrize("cpl", [3, 0])
 def test_page_track_itself_tells_the_mmu(cpl: int) -> None:
     """KVM's own MMU hears of each emulated write after the external users (kvm-mmu.md 9)."""
-    with open_backend("page-track") as system, Writing(system.create_machine(), cpl=cpl) as guest:
+    with open_backend("page-track") as system, Writing(system.create_machine(), cpl=cpl, vcpus=2) as guest:
         assert edit_a_page_table(guest, tracked=True) == 0x1234
 
 
@@ -599,7 +594,7 @@ def test_page_track_itself_tells_the_mmu(cpl: int) -> None:
 @pytest.mark.parametrize("cpl", [3, 0])
 def test_a_tracked_page_table_of_the_guest_is_obeyed(system: System, cpl: int) -> None:
     """Only with nested paging, or where the guest is emulated: else the old translation stays for good."""
-    with carved(system, cpl=cpl) as guest:
+    with carved(system, cpl=cpl, vcpus=2) as guest:
         assert edit_a_page_table(guest, tracked=True) == 0x1234
 
 
