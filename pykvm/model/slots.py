@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 from pykvm.errors import (
     ClosedError,
@@ -30,7 +30,6 @@ from pykvm.model.schedule import Schedule
 
 MAX_SLOTS: Final = 32764  # KVM_USER_MEM_SLOTS
 _MAX_PAGES: Final = (1 << 31) - 1
-_MAX_GPA: Final = 1 << 52
 _FRAMES_KEPT: Final = 1 << 17
 _OPERATION: Final = "KVM_SET_USER_MEMORY_REGION"
 _KNOWN_FLAGS: Final = SlotFlags.LOG_DIRTY_PAGES | SlotFlags.READONLY
@@ -115,7 +114,12 @@ class ModelSlot:
 
 
 class MachineMemory(ABC):
-    """The part of a machine that deals with memslots."""
+    """The part of a machine that deals with memslots.
+
+    ``highest_end`` is where the last slot may end.
+    """
+
+    highest_end: ClassVar[int] = 1 << 52
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -311,7 +315,7 @@ class MachineMemory(ABC):
         elif (
             not int(flags) & ~int(_KNOWN_FLAGS)
             and slot_id < MAX_SLOTS
-            and gpa + size <= _MAX_GPA
+            and gpa + size <= self.highest_end
             and size // PAGE_SIZE <= _MAX_PAGES
         ):
             return

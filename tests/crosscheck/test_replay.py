@@ -88,7 +88,7 @@ def test_steps_are_shown_when_asked_for(capfd: Capture, file: Path) -> None:
 
 
 @pytest.mark.kvm
-@pytest.mark.parametrize("name", ["ring-overflow", "straddling-store", "first-store"])
+@pytest.mark.parametrize("name", ["straddling-store", "read-marks", "first-store"])
 def test_an_example_or_finding_runs_by_its_name(capfd: Capture, name: str) -> None:
     result = invoke(capfd, "replay", name)
     assert result.status == 0, result.err

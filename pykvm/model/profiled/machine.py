@@ -45,6 +45,9 @@ class ProfiledMachine(ModelMachine):
     tracks writes by page (pykvm.machine.tracking.PageTracking).
     """
 
+    # KVM's MMU refuses what its address bits cannot reach, when a move has zapped everything already.
+    highest_end = 1 << 64
+
     def __init__(self, supported_cpuid: Sequence[CpuidEntry], seed: int, profile: Profile) -> None:
         self.mmu = Mmu(profile)
         self.profile = profile
