@@ -102,8 +102,8 @@ def _finding(
 
 
 def _overflow() -> Finding:
-    """Where an interrupt of the host ends the batch right behind the REP, the vCPU stops for the full ring and
-    not at HLT; the entry is gone all the same.
+    """An interrupt of the host may end the batch right behind the REP: the vCPU then stops for the full ring
+    and not at HLT, and the entry is gone all the same.
     """
     code = store1(0x5000) + b"\xb0\x5a" + load_immediate(7, 0x6000) + load_immediate(1, 300)
     return _finding(

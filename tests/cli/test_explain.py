@@ -43,6 +43,16 @@ def test_walks_are_short_unless_asked_for(capfd: pytest.CaptureFixture[str]) -> 
     assert whole.count("PTE   at 0x13028: 0x0000000000005007 P R/W U/S -> page 0x5000") == 2
 
 
+def test_what_repeats_is_told_once_and_lost_pages_are_named(capfd: pytest.CaptureFixture[str]) -> None:
+    told = invoke(capfd, "explain", "ring-overflow", *OURS).out
+    assert told.count("gfn 0x6 is pushed to the ring of vCPU 0") == 1
+    assert "\n  and so 299 more times\n" in told
+    assert "ring: 0:0x6 (256 times)\n" in told
+    assert "changed: 0:0x5 0:0x6\n" in told
+    assert "written and in no log: 0:0x5\n" in told
+    assert "in no log" not in invoke(capfd, "explain", "read-marks", *OURS).out
+
+
 def test_the_json_has_the_documented_keys(capfd: pytest.CaptureFixture[str]) -> None:
     document = invoke(capfd, "explain", "add-to-directory", *OURS, "--json").document
     check_keys("pykvm explain", document)
