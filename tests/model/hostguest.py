@@ -11,7 +11,7 @@ Frames: 1 code, 2 PML4, 0x100 PDPT, 0x101 PD, 0x102 to 0x121 page tables; 3 GDT,
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
@@ -19,6 +19,7 @@ from pykvm.crosscheck.counters import DETERMINISTIC
 from pykvm.errors import PykvmError
 from pykvm.machine import Exit, Registers, SlotFlags
 from pykvm.memory import PAGE_SIZE, GuestMemory
+from pykvm.x86.cpuid import CpuidEntry
 from pykvm.x86.registers import DescriptorTable, Segment, SpecialRegisters
 
 CODE, PML4, GDT, TSS, IDT, HANDLERS, STACK, STACK0 = 1, 2, 3, 4, 5, 6, 7, 8
@@ -44,7 +45,8 @@ class Step(NamedTuple):
 class HostGuest:
     """The guest on a fresh machine; ``ring`` entries, or 0 for the bitmap.
 
-    ``flags``: those of page-table leaves beside the frame; ``upper``: of the entries above them.
+    ``flags``: those of page-table leaves beside the frame; ``upper``: of the entries above them; ``cpuid``:
+    what the guest sees, by default all that the machine offers.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class HostGuest:
         flags: int = P | W | U,
         upper: int = P | W | U,
         slot_flags: SlotFlags = SlotFlags.LOG_DIRTY_PAGES,
+        cpuid: Sequence[CpuidEntry] | None = None,
     ) -> None:
         self.machine = machine
         self.cpl = cpl
@@ -68,7 +71,7 @@ class HostGuest:
         self._system()
         self.slot = machine.create_slot(self.memory, 0, flags=slot_flags)
         self.vcpu = machine.create_vcpu()
-        self.vcpu.set_cpuid(machine.supported_cpuid)
+        self.vcpu.set_cpuid(machine.supported_cpuid if cpuid is None else cpuid)
         self.special = self._special(self.vcpu.get_special_registers())
         self.vcpu.set_special_registers(self.special)
         self._seen = 0

@@ -19,7 +19,7 @@ from pykvm.model.cpu.instruction import FS, GS, RSP, SS, SegmentRegister
 from pykvm.model.cpu.stacks import push_all, stack_error
 from pykvm.model.mmu.emulated_opcodes import LENIENT
 from pykvm.model.paging import Access
-from pykvm.x86.bits import Cr0, PageFault
+from pykvm.x86.bits import Cr0, PageFault, Rflags
 from pykvm.x86.exceptions import Vector
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pykvm.model.profiled.processor import HostProcessor
 
 _TRAPPED: Final = frozenset(
-    {"in", "out", "ins", "outs", "sgdt", "sidt", "sldt", "str", "smsw", "hlt", "cli", "sti"}
+    {"in", "out", "ins", "outs", "sgdt", "sidt", "sldt", "str", "smsw", "hlt", "cli", "sti", "int"}
 )
 _HOST_DATA: Final = frozenset({0, 4, 5, 6, 15})
 """Entries of the host's GDT that user code may load: null, its code and data, and the CPU number's."""
@@ -42,6 +42,8 @@ BASES: Final = {
 }
 """Instructions on the bases of FS and GS: which one, and whether they write it."""
 
+LOST_FLAGS: Final = int(Rflags.IOPL3)
+"""What user code does not have in RFLAGS, whatever was set there."""
 HOST_AREA: Final = 0x1FFFF00
 """Upper bits, from 39 on, of addresses that user code cannot have: entry 256 of the PML4 is the host's."""
 

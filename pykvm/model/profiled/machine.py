@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import numpy.typing as npt
 
-from pykvm.errors import KvmError, RingOverflowError, SlotAbsentError, UsageError
+from pykvm.errors import CapabilityError, KvmError, RingOverflowError, SlotAbsentError, UsageError
 from pykvm.machine.protocols import RingEntries, RingHarvest, Slot, SlotFlags, SlotFrames, Vcpu
 from pykvm.machine.statistics import Statistics
 from pykvm.machine.tracking import MAX_TRACK_COUNT
@@ -19,7 +19,7 @@ from pykvm.model.machine import ModelMachine
 from pykvm.model.mmu.dirty_ring import ENTRY_BYTES
 from pykvm.model.mmu.memslots import PinnedPages
 from pykvm.model.mmu.shadow_mmu import MIN_PAGES
-from pykvm.model.mmu.vm import Mmu
+from pykvm.model.mmu.vm import SLOT_ZAP_ALL, Mmu
 from pykvm.model.profiled.vcpu import ProfiledVcpu
 from pykvm.model.statistics import machine_statistics
 
@@ -106,6 +106,16 @@ class ProfiledMachine(ModelMachine):
         with self.schedule.visit():
             self.mmu.shadow.change_limit(pages)
             self.mmu.shadow.requested = True
+
+    def disable_quirks(self, quirks: int) -> None:
+        """KVM_CAP_DISABLE_QUIRKS2 as far as memory goes: SLOT_ZAP_ALL alone, which 6.12 and later know.
+
+        Raises CapabilityError for any other.
+        """
+        if quirks & ~SLOT_ZAP_ALL:
+            raise CapabilityError(f"The model has no quirk {quirks & ~SLOT_ZAP_ALL:#x}; only SLOT_ZAP_ALL.")
+        with self.schedule.visit():
+            self.mmu.slot_zap_all = not quirks
 
     def slot_changed(self, slot: ModelSlot, gpa: int, flags: SlotFlags) -> None:
         self._keep_entries()

@@ -28,6 +28,7 @@ from pykvm.model.mmu.emulated_opcodes import (
 from pykvm.model.mmu.vcpu import ControlChange
 from pykvm.model.profiled import emulators, kvm_pvm
 from pykvm.model.profiled.access import HostAccess, Raced
+from pykvm.model.profiled.svm import reset_after_shutdown
 from pykvm.x86.bits import Rflags
 from pykvm.x86.exceptions import Vector
 
@@ -70,6 +71,7 @@ class HostProcessor(HostAccess):
         self._began = False
         self._was_native = False
         self._stuck = 0
+        self._flags_kept = ~(kvm_pvm.LOST_FLAGS if self._profile.emulates_all_but_user else 0)
         super().__init__(bus, cpuid, mmu)
 
     # --- running -------------------------------------------------------------------------------------
@@ -150,11 +152,15 @@ class HostProcessor(HostAccess):
                 self._emulated_step()
             else:
                 self.features = self._hardware
+                self.rflags &= self._flags_kept
                 self._native_step()
         except TripleFault:
             self.discard()
-            self.shut_down = True
             self.exits.append(Shutdown())
+            if self._profile.resets_at_shutdown:
+                reset_after_shutdown(self)
+            else:
+                self.shut_down = True
         finally:
             self.features = self._guests
 
@@ -269,6 +275,10 @@ class HostProcessor(HostAccess):
                 insn = self._decode(cause)
                 if insn is None:
                     return
+            elif self._coverage(insn) is Coverage.UNHANDLED:
+                self.emulated = None
+                self._give_up(insn, cause)
+                return
             self.emulated = None
             self._carry_out(insn)
         except Raced:
@@ -312,8 +322,7 @@ class HostProcessor(HostAccess):
         if cause is not None and self.mmu.direct and uses_exit_gpa(insn):
             self.exit_gpa = cause.address
         if found is Coverage.UNHANDLED:
-            self._read_operand(insn)
-            self._fail(cause)
+            self._give_up(insn, cause)
             return None
         if found is Coverage.UNDEFINED:
             self._read_operand(insn, source_only=True)
@@ -321,6 +330,17 @@ class HostProcessor(HostAccess):
         if found is Coverage.HOST:
             self.mmu.counters.insn_emulation_fail += 1
         return insn
+
+    def _give_up(self, insn: Instruction, cause: EmulateInstruction | None) -> None:
+        """The emulator reads the operand before it finds that it lacks the instruction."""
+        try:
+            self._read_operand(insn)
+        except NeedInput as question:
+            self.emulated = insn
+            self.mmio_exits += isinstance(question.exit, MmioRead) and self.fragments == 1
+            self.rollback()
+            raise
+        self._fail(cause)
 
     def _coverage(self, insn: Instruction) -> Coverage:
         feature = lacked_feature(insn)
