@@ -59,6 +59,8 @@ class Finding(Example):
 
 
 HERE: Final = (("pvm-shadow", "6.18"),)
+SHADOW: Final = (*HERE, ("amd-shadow", "6.1"), ("amd-shadow", "7.2"))
+"""Hosts with shadow paging on which real KVM showed it."""
 
 
 def _flags(**frames: int) -> dict[int, int]:
@@ -147,6 +149,7 @@ def _straddling() -> Finding:
             Expected(5, outs=((PAGE_FAULT, 0),)),
         ),
         architecture=(Expected(3, outs=((PAGE_FAULT, 0),)), Expected(5, outs=((PAGE_FAULT, 0),))),
+        profiles=SHADOW,
     )
 
 
@@ -206,6 +209,7 @@ def _stale_until_flush() -> Finding:
             Expected(2, {"pf_taken": 0}, outs=((PORT, 0x55),)),
             Expected(4, outs=((PORT, 0x77),)),
         ),
+        profiles=SHADOW,
     )
 
 
@@ -222,6 +226,7 @@ def _read() -> Finding:
         (plan.Access("load8", 0x5000), plan.Collect(0), plan.Access("load8", 0x5000), plan.Collect(0)),
         (Expected(0, unchanged=(5,)), Expected(1, dirty=(5,)), Expected(3, dirty=())),
         architecture=(Expected(1, dirty=()), Expected(3, dirty=())),
+        profiles=SHADOW,
     )
 
 
@@ -234,6 +239,7 @@ def _failing_compare() -> Finding:
         _user(flags),
         (plan.Access("lock_cmpxchg8", 0x5000, 1), plan.Collect(0)),
         (Expected(0, unchanged=(5,)), Expected(1, dirty=(5, PT))),
+        profiles=SHADOW,
     )
 
 
@@ -254,6 +260,7 @@ def _crossing(cpl: int) -> Finding:
             Expected(0, outs=((PAGE_FAULT, 0x22),), unchanged=(5,)),
             Expected(1, unreported=(5,)),
         ),
+        profiles=SHADOW if cpl else HERE,
     )
 
 
@@ -267,6 +274,7 @@ def _aliases() -> Finding:
         replace(made, slots=(*made.slots, alias)),
         (plan.Access("store8", PAGES * PAGE_SIZE, 1), plan.Collect(0), plan.Collect(1)),
         (Expected(0, changed=(5,)), Expected(1, dirty=()), Expected(2, dirty=(PAGES,))),
+        profiles=SHADOW,
     )
 
 
