@@ -287,6 +287,16 @@ class ShadowMmu(ShadowSptes):
                 self.prepare_zap(sp, zapped)
         self.commit(zapped)
 
+    def zap_memslot_pages(self, slot: Memslot, *, flush: bool) -> None:
+        """``kvm_mmu_zap_memslot_pages_and_flush``: the shadow pages of the slot's tables, whose counts go
+        with it; instead of ``zap_all_fast`` without the quirk SLOT_ZAP_ALL (section 2)."""
+        zapped: list[ShadowPage] = []
+        for gfn in sorted(gfn for gfn in self.by_gfn if slot.contains(gfn)):
+            for sp in tuple(self.by_gfn[gfn]):
+                if not self.is_obsolete(sp):
+                    self.prepare_zap(sp, zapped)
+        self.flush_or_commit(zapped, flush=flush)
+
     def unprotect_gfn(self, gfn: int) -> bool:
         """``kvm_mmu_unprotect_page``: zap every shadow page of a gfn, so that it may be written natively.
 

@@ -23,6 +23,8 @@ from pykvm.model.mmu.vcpu import VcpuMmu
 _RING: Final = "KVM_ENABLE_CAP(DIRTY_LOG_RING)"
 _MMIO_GENERATION_BITS: Final = 19
 """One less where SPTEs have a bit for user execution (section 8)."""
+SLOT_ZAP_ALL: Final = 1 << 7
+"""KVM_X86_QUIRK_SLOT_ZAP_ALL, which KVM_CAP_DISABLE_QUIRKS2 switches off."""
 _WITH_BITMAP: Final = "KVM_ENABLE_CAP(DIRTY_LOG_RING_WITH_BITMAP)"
 
 
@@ -42,6 +44,8 @@ class Mmu:
         """The vCPU that this thread has loaded (any vCPU ioctl): marks go to its ring."""
         self.ring_entries = 0
         self.ring_with_bitmap = False
+        self.slot_zap_all = True
+        """KVM_X86_QUIRK_SLOT_ZAP_ALL: a slot that goes or moves takes the mappings of all slots along."""
         self.memslots = Memslots(profile, self)
         self.page_track = PageTrack(self)
         self.dirty_log = DirtyLog(self)
@@ -151,8 +155,13 @@ class Mmu:
         # [6.1] KVM's own node is a notifier like the others, and the last one; later its zap comes first.
         if self.profile.own_track_node:
             self.page_track.notify_remove(slot)
-        for tables in self.tables:
-            tables.zap_all_fast()
+        if self.slot_zap_all:
+            for tables in self.tables:
+                tables.zap_all_fast()
+        else:
+            last = slot.base_gfn + slot.npages - 1
+            flush = [tables.zap_range(slot, slot.base_gfn, last) for tables in self.tables]
+            self.shadow.zap_memslot_pages(slot, flush=any(flush))
         if not self.profile.own_track_node:
             self.page_track.notify_remove(slot)
 
