@@ -136,6 +136,17 @@ def test_halves_of_an_entry_take_effect_one_by_one(gpu: Gpu) -> None:
     assert gpu.ppgtt.translate(7 << 39 | VA) == 0x300000
 
 
+def test_one_store_into_two_entries_links_and_unlinks_both(gpu: Gpu) -> None:
+    """mov [rdi], rax at offset 4: the upper half of entry 0 and the lower half of entry 1."""
+    build(gpu)
+    gpu.store(MOV8, ROOT, 4, rax=(0x214 * PAGE_SIZE | PW) << 32)
+    gpu.check()
+    assert gpu.tracker.gfns == {ROOT, 0x211, 0x212, 0x213, 0x214}
+    gpu.store(MOV8, ROOT, 4, rax=1)
+    gpu.check()
+    assert gpu.tracker.gfns == {ROOT}
+
+
 def test_a_table_that_points_to_itself_is_walked_once_per_level(gpu: Gpu) -> None:
     gpu.link(ROOT, 5, ROOT)
     gpu.check()
@@ -208,6 +219,9 @@ def random_edit(choose: random.Random) -> Edit:
     if code == MOV4:
         at += choose.choice([0, 4])
         registers["rax"] = entry() >> choose.choice([0, 32])
+    elif code == MOV8 and at < 16 and choose.random() < 0.3:
+        at += 4
+        registers["rax"] = entry() << 32 & (1 << 64) - 1
     elif code == MOV1:
         at += choose.randrange(8)
     elif code == CMPXCHG:
