@@ -8,7 +8,8 @@ check for a full ring before guest code runs, which is made too late when a sing
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Iterator, Sequence
+from typing import Final, overload
 
 DIRTY: Final = 1
 """KVM_DIRTY_GFN_F_DIRTY."""
@@ -30,6 +31,35 @@ class RingEntry:
         self.offset = 0
 
 
+class Entries(Sequence[RingEntry]):
+    """The memory of a ring: entries that nobody looked at yet are not made, since rings may be large."""
+
+    __slots__ = ("_made",)
+
+    def __init__(self, size: int) -> None:
+        self._made: list[RingEntry | None] = [None] * size
+
+    @overload
+    def __getitem__(self, index: int) -> RingEntry: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[RingEntry]: ...
+
+    def __getitem__(self, index: int | slice) -> RingEntry | list[RingEntry]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self._made)))]
+        entry = self._made[index]
+        if entry is None:
+            entry = self._made[index] = RingEntry()
+        return entry
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def made(self) -> Iterator[RingEntry]:
+        """Those that were ever looked at; the others are zero."""
+        return (entry for entry in self._made if entry is not None)
+
+
 class DirtyRing:
     """``struct kvm_dirty_ring``: ``size`` entries (a power of two), full at ``soft_limit``."""
 
@@ -38,7 +68,7 @@ class DirtyRing:
     def __init__(self, size: int, reserved: int) -> None:
         self.size = size
         self.soft_limit = size - reserved
-        self.entries = [RingEntry() for _ in range(size)]
+        self.entries = Entries(size)
         self.dirty_index = 0
         self.reset_index = 0
         self.overwritten = 0

@@ -29,6 +29,8 @@ _PAGE: Final = 0x1000
 _OFFSET: Final = 0xFFF
 _MMIO_BYTES: Final = 8
 _LOCKED_BYTES: Final = frozenset({1, 2, 4, 8})
+_HOT: Final = 64
+"""Guests of a few steps are many, and translating code takes as long as interpreting it so often."""
 _READ, _WRITE, _FETCH = int(Access.READ), int(Access.WRITE), int(Access.FETCH)
 _USER, _IMPLICIT = int(Access.USER), int(Access.IMPLICIT)
 
@@ -64,6 +66,8 @@ class HostAccess(Processor):
         self._cached = tuple(_cached(mmu, user) for user in (0, _USER))
         self._flushes = 0
         super().__init__(bus, cpuid, translate=mmu.tdp is None)
+        if self._translator is not None:
+            self._translator.hot = _HOT
 
     # --- translation ---------------------------------------------------------------------------------
 

@@ -70,6 +70,7 @@ class HostProcessor(HostAccess):
         self._fetched_bytes = b""
         self._began = False
         self._was_native = False
+        self._after_undefined = False
         self._stuck = 0
         self._flags_kept = ~(kvm_pvm.LOST_FLAGS if self._profile.emulates_all_but_user else 0)
         super().__init__(bus, cpuid, mmu)
@@ -197,7 +198,9 @@ class HostProcessor(HostAccess):
         except Fault as fault:
             self.rollback_native()
             if self._profile.emulates_all_but_user and kvm_pvm.emulates_fault(self, fault):
+                self._after_undefined = fault.vector == Vector.UD
                 self._emulate(None)
+                self._after_undefined = False
             elif self._profile.emulates_all_but_user and kvm_pvm.repairs_fault(self, fault):
                 self._repair()
             else:
@@ -360,6 +363,11 @@ class HostProcessor(HostAccess):
     def _fail(self, cause: EmulateInstruction | None) -> None:
         """The emulator lacks the instruction (``handle_emulation_failure``)."""
         self.discard()
+        if self._after_undefined:
+            # EMULTYPE_TRAP_UD: what the emulator does not know either is the guest's #UD, and no failure.
+            self.emulating = False
+            self._deliver(Fault.ud())
+            return
         if self.mmu.emulation_failed(cause, self.rip):
             return
         native = cause is not None and self._profile.exit_per_emulated_user_failure

@@ -48,7 +48,7 @@ class RingReader:
         overwritten, as far as userspace can see it."""
         entries = self._waiting(self.head)
         if not entries:
-            self.overflowed |= any(entry.flags & DIRTY for entry in self.ring.entries)
+            self.overflowed |= any(entry.flags & DIRTY for entry in self.ring.entries.made())
             return None
         taken = _as_arrays(self.vcpu, entries)
         for entry in entries:
@@ -68,6 +68,6 @@ class RingReader:
         """After an overflow: nothing in the ring counts any more, and both sides are in step again, so that
         the guest can go on.  That pages were lost stays true for ever."""
         ring = self.ring
-        for entry in ring.entries:
+        for entry in ring.entries.made():
             entry.flags = 0
         ring.reset_index = self.head = ring.dirty_index
