@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Self
 
 from pykvm.x86.cpuid import CpuidEntry, find, physical_address_bits
@@ -127,11 +128,13 @@ class Features:
     lm: bool
     amd_ibrs: bool
 
-    @classmethod
-    def of(cls, entries: Iterable[CpuidEntry]) -> Self:
+    @staticmethod
+    def of(entries: Iterable[CpuidEntry]) -> Features:
         """From the leaves; what is absent is not there."""
-        leaves = list(entries)
+        return _features_of(tuple(entries))
 
+    @classmethod
+    def _read(cls, leaves: tuple[CpuidEntry, ...]) -> Self:
         def has(leaf: int, index: int, register: str, bit: int) -> bool:
             entry = find(leaves, leaf, index)
             return bool(entry and getattr(entry, register) >> bit & 1)
@@ -153,3 +156,8 @@ class Features:
     def speculation_control(self) -> bool:
         """Whether IA32_SPEC_CTRL and IA32_PRED_CMD exist."""
         return self.spec_ctrl or self.amd_ibrs
+
+
+@lru_cache(maxsize=64)
+def _features_of(leaves: tuple[CpuidEntry, ...]) -> Features:
+    return Features._read(leaves)
