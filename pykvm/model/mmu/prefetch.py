@@ -25,9 +25,12 @@ def _slot_for(vcpu: VcpuMmu, gfn: int, access: int) -> Memslot | None:
     return slot
 
 
-def prefetch_leaf(vcpu: VcpuMmu, sp: ShadowPage, index: int, gfn: int, access: int) -> bool:
-    """``kvm_mmu_prefetch_sptes`` of one entry: False ends the run."""
-    slot = _slot_for(vcpu, gfn, access)
+def prefetch_leaf(
+    vcpu: VcpuMmu, sp: ShadowPage, index: int, gfn: int, access: int, *, logs_too: bool = False
+) -> bool:
+    """``kvm_mmu_prefetch_sptes`` of one entry: False ends the run.  ``logs_too``: a slot that logs may get a
+    writable SPTE, which marks its page."""
+    slot = _slot_for(vcpu, gfn, 0 if logs_too else access)
     if slot is None or not slot.host.writable(gfn - slot.base_gfn, write_fault=False):
         return False
     vcpu.mmu.shadow.set_spte(sp, index, slot, access, gfn, write=False, prefetch=True, host_writable=True)

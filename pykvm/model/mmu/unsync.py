@@ -231,7 +231,8 @@ class Unsync:
         return spte.needs_flush(old, new, ad_bits=mmu.profile.flushes_on_ad_clear)
 
     def refetch(self, vcpu: VcpuMmu, sp: ShadowPage, index: int) -> None:
-        """[6.1] INVLPG on an unsync page: the SPTE goes, and the table's entry of now is prefetched."""
+        """[6.1] INVLPG on an unsync page: the SPTE goes, and the table's entry of now is prefetched, in slots
+        that log as well, where a writable one marks its page (measured on a 6.1 host)."""
         mmu = self._mmu
         if mmu.shadow.zap_entry(sp, index):
             mmu.flush_remote_tlbs()
@@ -247,7 +248,7 @@ class Unsync:
         access = sp.access & gpte_access(gpte)
         if not gpte & Pte.D:
             access &= ~roles.ACC_WRITE
-        prefetch_leaf(vcpu, sp, index, gfn, access)
+        prefetch_leaf(vcpu, sp, index, gfn, access, logs_too=True)
 
 
 def gpte_access(gpte: int) -> int:
