@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from pykvm.model.mmu import roles
 from pykvm.model.mmu.fast_page_fault import fast_page_fault
 from pykvm.model.mmu.guest_walk import walk
-from pykvm.model.mmu.memslots import INVALID
+from pykvm.model.mmu.memslots import INVALID, READONLY
 from pykvm.model.mmu.outcomes import EmulateInstruction, GuestPageFault, RetPf
 from pykvm.model.mmu.prefetch import prefetch_direct
 from pykvm.model.mmu.shadow_fault import (
@@ -208,6 +208,24 @@ def unprotect_and_retry(vcpu: VcpuMmu, address: int, *, gfn: int | None = None, 
     return True
 
 
+def retry_failed(vcpu: VcpuMmu, address: int, *, own_table: bool) -> bool:
+    """``kvm_unprotect_and_retry_on_failure`` (12.3): whether the guest shall try an access natively whose
+    instruction the emulator lacks.  ``own_table``: EMULTYPE_WRITE_PF_TO_SP.
+    """
+    mmu = vcpu.mmu
+    if not mmu.profile.retries_always:
+        return not own_table and unprotect_and_retry(vcpu, address, always=True)
+    # [6.1] ``reexecute_instruction``: unmapped memory has the processor fault; without memory it is hopeless.
+    gfn = address >> 12 if vcpu.direct else _written_gfn(vcpu, address)
+    if gfn is None:
+        return True
+    slot = mmu.memslots.visible(gfn)
+    if slot is None or slot.flags & READONLY:
+        return False
+    mmu.shadow.unprotect_gfn(gfn)
+    return vcpu.direct or not own_table
+
+
 def _written_gfn(vcpu: VcpuMmu, linear: int) -> int | None:
     """``kvm_mmu_gva_to_gpa_write``: what a supervisor's write would reach; None where it would fault."""
     try:
@@ -221,4 +239,11 @@ def _words(error: int) -> str:
     return f"{error & 0xFFFF:#x} ({' '.join(names) or 'read of an absent page'})"
 
 
-__all__ = ["GUEST_FINAL", "GUEST_PAGE", "direct_page_fault", "page_fault", "unprotect_and_retry"]
+__all__ = [
+    "GUEST_FINAL",
+    "GUEST_PAGE",
+    "direct_page_fault",
+    "page_fault",
+    "retry_failed",
+    "unprotect_and_retry",
+]

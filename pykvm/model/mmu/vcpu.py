@@ -23,7 +23,7 @@ from pykvm.model.mmu.dirty_ring import DirtyRing
 from pykvm.model.mmu.guest_walk import walk
 from pykvm.model.mmu.memslots import READONLY
 from pykvm.model.mmu.outcomes import EmulateInstruction, GuestPageFault, LeaveGuest, Refault
-from pykvm.model.mmu.page_fault import page_fault, unprotect_and_retry
+from pykvm.model.mmu.page_fault import page_fault, retry_failed, unprotect_and_retry
 from pykvm.model.mmu.profile import Paging
 from pykvm.model.mmu.requests import Requests
 from pykvm.model.mmu.roles import RootRole, root_role
@@ -350,12 +350,9 @@ class VcpuMmu:
     def retry_after_failure(self, emulate: EmulateInstruction | None, rip: int) -> bool:
         """``kvm_unprotect_and_retry_on_failure``: also where the instruction could not even be fetched."""
         self.rip = rip
-        return (
-            emulate is not None
-            and emulate.allow_retry
-            and not emulate.write_pf_to_sp
-            and unprotect_and_retry(self, emulate.address, always=True)
-        )
+        if emulate is None or not emulate.allow_retry:
+            return False
+        return retry_failed(self, emulate.address, own_table=emulate.write_pf_to_sp)
 
     def inject_page_fault(self, delivered: GuestPageFault) -> None:
         """``kvm_inject_emulated_page_fault``: count it; an SPTE that still forbids what the tables allow by

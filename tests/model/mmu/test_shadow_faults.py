@@ -251,6 +251,28 @@ def test_a_forced_retry_is_remembered_even_if_the_walk_fails() -> None:
     assert vcpu.last_retry == (0x1000, 0x70000)
 
 
+def test_in_6_1_a_failed_emulation_without_memory_is_not_retried() -> None:
+    """``reexecute_instruction``: a READONLY slot or none is a failure at once, else retried for ever."""
+    for era, retried in (("6.1", False), ("6.12", True)):
+        made, vcpu = guest(era=era)
+        made.load(vcpu, 0x50000)
+        memory = memoryview(bytearray(4096))
+        made.mmu.memslots.set_region(1, 2, HOLE << 12, 4096, HOST, memory)
+        made.entry(PT, 0x51, HOLE << 12 | PAGE)
+        cause = EmulateInstruction(0x51000, allow_retry=True)
+        assert vcpu.retry_after_failure(cause, 0x1000) == retried
+
+
+def test_in_6_1_a_write_to_a_table_of_its_own_translation_unprotects_and_fails() -> None:
+    """EMULTYPE_WRITE_PF_TO_SP: 6.1 zaps all the same; later kernels do not try."""
+    for era, zapped in (("6.1", 1), ("6.12", 0)):
+        made, vcpu = guest(era=era)
+        made.load(vcpu, 0x50000)
+        cause = EmulateInstruction(PD << 12, allow_retry=True, write_pf_to_sp=True)
+        assert not vcpu.retry_after_failure(cause, 0x1000)
+        assert made.did().moved.get("mmu_shadow_zapped", 0) == zapped
+
+
 def test_nothing_is_walked_where_no_table_is_shadowed() -> None:
     """``indirect_shadow_pages`` is 0: no A or D is set on the way to an unprotect that cannot be."""
     made = ShadowGuest()
