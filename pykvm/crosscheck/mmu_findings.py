@@ -59,7 +59,13 @@ class Finding(Example):
 
 
 HERE: Final = (("pvm-shadow", "6.18"),)
-SHADOW: Final = (*HERE, ("amd-shadow", "6.1"), ("amd-shadow", "7.2"))
+SHADOW: Final = (
+    *HERE,
+    ("amd-shadow", "6.1"),
+    ("amd-shadow", "6.12"),
+    ("amd-shadow", "7.2"),
+    ("intel-shadow", "6.1"),
+)
 """Hosts with shadow paging on which real KVM showed it."""
 
 
