@@ -110,16 +110,16 @@ class PageTrack:
 
     def add_gfn(self, gfn: int) -> None:
         """``kvm_write_track_add_gfn``: an external user tracks a gfn.  KvmError (EINVAL) without a slot."""
-        self.add(self._slot(gfn), gfn)
+        self.add(self._slot(gfn, "kvm_write_track_add_gfn"), gfn)
 
     def remove_gfn(self, gfn: int) -> None:
         """``kvm_write_track_remove_gfn``, the counterpart; KvmError (EINVAL) without a slot."""
-        self.remove(self._slot(gfn), gfn)
+        self.remove(self._slot(gfn, "kvm_write_track_remove_gfn"), gfn)
 
-    def _slot(self, gfn: int) -> Memslot:
+    def _slot(self, gfn: int, operation: str) -> Memslot:
         slot = self._mmu.memslots.lookup(gfn)
         if slot is None:
-            raise KvmError(errno.EINVAL, "kvm_write_track_add_gfn", f"gfn {gfn:#x} has no memslot.")
+            raise KvmError(errno.EINVAL, operation, f"gfn {gfn:#x} has no memslot.")
         return slot
 
     def register(self, node: TrackNode) -> None:

@@ -1,8 +1,8 @@
 """Shadow page-table entries: their bits and what each combination means (kvm-mmu.md 8).
 
-The layout is that of shadow paging and NPT for every kind of second-stage table: the model keeps facts, not
-encodings, and EPT differs in encodings only (``encoding`` gives them).  An entry's address field holds the
-gfn that it maps rather than a host frame, which the model does not have.
+The layout is that of shadow paging and NPT for every kind of second-stage table: the model keeps facts, and
+EPT differs in how it encodes them only.  An entry's address field holds the gfn that it maps rather than a
+host frame, which the model does not have.
 
 Three facts decide about writes, and they must not be confused:
 
@@ -38,7 +38,6 @@ AD_WRITE_PROTECT: Final = 1 << 52
 """Model's own: write protection instead of D even though PML is on (A/D type 2: L2 SPTEs)."""
 
 WRITE_BITS: Final = W | MMU_WRITABLE
-LARGEST_LEVEL: Final = 5
 PAGES_PER_LEVEL: Final = (0, 1, 1 << 9, 1 << 18, 1 << 27, 1 << 36)
 """4 KiB pages that a leaf of each level maps; index 0 is unused."""
 

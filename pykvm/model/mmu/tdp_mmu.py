@@ -56,13 +56,6 @@ class TdpMmu:
             root = self._roots[as_id] = TdpRoot(as_id, ROOT_LEVEL)
         return root
 
-    def drop_root(self, as_id: int = 0) -> None:
-        """The last vCPU left the root: it is zapped where roots do not outlive their users."""
-        root = self._roots[as_id]
-        if root is not None:
-            self._roots[as_id] = None
-            self._zap_root(root)
-
     def zap_all_fast(self) -> None:
         """Every root becomes invalid and its tables go away; their vCPUs flush when they take a new root, so
         that nothing is requested."""

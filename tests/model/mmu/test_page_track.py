@@ -179,6 +179,7 @@ def test_an_external_user_adds_and_removes_by_gfn() -> None:
         with pytest.raises(KvmError) as caught:
             call(7)
         assert caught.value.errno == errno.EINVAL
+        assert caught.value.operation == f"kvm_write_track_{call.__name__}"
 
 
 def test_the_latest_registered_is_called_first() -> None:
