@@ -23,7 +23,7 @@ from pykvm.crosscheck.loss import first_loss
 from pykvm.crosscheck.rules import comparable, excusing, may_stand, same_exit
 from pykvm.crosscheck.steps import describe
 from pykvm.crosscheck.trace import StepTrace, Trace, VcpuView
-from pykvm.errors import UsageError
+from pykvm.errors import RingOverflowError, UsageError
 from pykvm.machine import Exit, InternalError
 from pykvm.machine.emulation import QEMU_TCG, emulator
 from pykvm.memory import PAGE_SIZE
@@ -133,6 +133,9 @@ def _comparable_steps(first: Trace, second: Trace) -> tuple[int, str]:
                     return number, f"in step {number} {trace.backend} gave up: {reason}"
         if pair[0].overdue and pair[1].overdue:
             return number, f"step {number} was out of time on both machines"
+        if pair[0].refused == pair[1].refused == RingOverflowError.__name__:
+            # KVM looks at the ring between batches of emulated instructions, and a host interrupt ends a batch.
+            return number, f"in step {number} the ring overflowed on both machines, when is up to interrupts"
         if emulator() == QEMU_TCG and (bug := _emulator_bug((first.backend, second.backend), pair)):
             return number, f"in step {number} {bug}"
     return min(len(first.steps), len(second.steps)), ""

@@ -452,3 +452,13 @@ def test_undefined_af_counts_on_processors_only(trace: Trace, monkeypatch: pytes
     assert isinstance(compare(trace, other, Level.L4), Agreement)
     other = broken(trace, 1, vcpus=with_register(trace.steps[1], "rflags", flags ^ Rflags.ZF))
     assert "rflags" in difference(trace, other, Level.L4).what
+
+
+def test_a_ring_that_overflowed_on_both_ends_the_comparison(trace: Trace) -> None:
+    """How far a host gets that emulates in batches is up to its interrupts (hosts.md D.7)."""
+    over = broken(trace, 1, refused="RingOverflowError")
+    other = broken(over, 1, exits=())
+    assert compare(over, other, Level.L4) == Agreement(
+        1, "in step 1 the ring overflowed on both machines, when is up to interrupts"
+    )
+    assert isinstance(compare(over, broken(trace, 1, exits=()), Level.L4), Difference)
