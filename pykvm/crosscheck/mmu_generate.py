@@ -71,6 +71,9 @@ _REWRITES: Final = (
     *("call", "pop", "or1", "and2", "lock_or8", "xchg4", "neg4", "setc"),
 )
 _STEPS: Final = (8, 20)
+_ROAMED: Final = 60
+_FILLED: Final = 40
+"""Elements of the strings that fill a ring of 256 entries: fewer than its reserve of 64."""
 
 
 @dataclass(slots=True)
@@ -83,6 +86,10 @@ class _World:
     vcpus: int
     kernel: bool
     """Whether this guest also runs at CPL 0."""
+    fills: bool
+    """Whether it fills its ring: emulated strings push an entry for each element."""
+    roams: bool
+    """Whether it uses so many tables that shadow pages are recycled."""
     roots: list[int]
     ways: dict[int, tuple[list[Way], list[Way]]] = field(default_factory=dict)
     slots: dict[int, int] = field(default_factory=dict)
@@ -104,9 +111,18 @@ def random_mmu_scenario(source: Source, name: str = "random") -> Scenario:
     ring = choose(source, _RINGS)
     tables = random_tables(source)
     vcpus = 1 + chance(source, 15)
-    kernel = chance(source, 30)
+    fills = tracker == "ring" and ring == _RINGS[0] and chance(source, 25)
+    roams = chance(source, 4)
+    kernel = chance(source, 30) or fills
     world = _World(
-        source, tables, tracker, vcpus, kernel, [choose(source, tables.roots) for _ in range(vcpus)]
+        source,
+        tables,
+        tracker,
+        vcpus,
+        kernel,
+        fills,
+        roams,
+        [choose(source, tables.roots) for _ in range(vcpus)],
     )
     slots = _random_slots(world)
     plans = tuple(
@@ -123,7 +139,7 @@ def random_mmu_scenario(source: Source, name: str = "random") -> Scenario:
     )
     steps: list[Step] = []
     wanted = source.integer(*_STEPS)
-    while len(steps) < wanted:
+    while len(steps) < (_ROAMED if roams else wanted):
         steps.append(_random_step(world))
     steps += _collect_all(world)
     return Scenario(name, guest, tuple(steps), tracker, ring)
@@ -182,6 +198,10 @@ def _random_step(world: _World) -> Step:
     source = world.source
     kind = source.integer(0, 99)
     vcpu = source.integer(0, world.vcpus - 1)
+    if world.fills and chance(source, 60):
+        return plan.Access("stos8", _some_address(world, vcpu) & ~0xFFF, 1, _FILLED, 0, 0, vcpu)
+    if world.roams and chance(source, 80):
+        return _roam(world, vcpu)
     if kind < 34:
         return _access(world, vcpu)
     if kind < 62:
@@ -208,7 +228,9 @@ def _level(world: _World) -> int:
 
 
 def _count(world: _World, cpl: int) -> int:
-    return choose(world.source, (1, 2, 3, 0, 17) if cpl else (1, 2, 3, 0))
+    """Elements of a string: emulated ones push an entry each, and a run must not push more than what the ring
+    keeps in reserve (hosts.md D.7)."""
+    return choose(world.source, (1, 2, 3, 0, 17) if cpl else (1, 2, 3, 0, 40, 40))
 
 
 def _some_address(world: _World, vcpu: int) -> int:
@@ -259,6 +281,14 @@ def _anywhere(world: _World, vcpu: int) -> Step:
     if indices[:3] == [0, 0, 0]:
         return plan.Access("load8", address, vcpu=vcpu)
     return plan.Access(choose(source, ("load8", "store8")), address, 1, vcpu=vcpu)
+
+
+def _roam(world: _World, vcpu: int) -> Step:
+    """Read through any of the ways, so that as many tables as possible get shadow pages."""
+    source = world.source
+    tables, others = world.ways_of(vcpu)
+    ways = [*tables, *others]
+    return plan.Access("load8", _at(source, choose(source, ways)) if ways else 0x30000, vcpu=vcpu)
 
 
 def _fetch(world: _World, vcpu: int) -> Step:

@@ -71,6 +71,8 @@ class HostProcessor(HostAccess):
         self._began = False
         self._was_native = False
         self._after_undefined = False
+        self._undelivered: Fault | None = None
+        """The exception that the guest gets when it next runs."""
         self._stuck = 0
         self._flags_kept = ~(kvm_pvm.LOST_FLAGS if self._profile.emulates_all_but_user else 0)
         super().__init__(bus, cpuid, mmu)
@@ -149,7 +151,10 @@ class HostProcessor(HostAccess):
         if self.shut_down:
             return
         try:
-            if self.emulated is not None or not self.runs_natively:
+            if self._undelivered is not None:
+                fault, self._undelivered = self._undelivered, None
+                self._deliver_now(fault)
+            elif self.emulated is not None or not self.runs_natively:
                 self._emulated_step()
             else:
                 self.features = self._hardware
@@ -240,10 +245,19 @@ class HostProcessor(HostAccess):
         self.left = True
         self.replies.clear()
         try:
-            self.mmu.enter()
+            if not self.mmu.enter():
+                self._undelivered = fault  # until the ring is no longer full
+                return
         except outcomes.TripleFault:
             raise TripleFault from None
+        self._deliver_now(fault)
+
+    def _deliver_now(self, fault: Fault) -> None:
         interrupts.deliver_fault(self, fault)
+        if self._profile.emulates_all_but_user:
+            # The handler runs before requests are looked at again, be the ring full by what was pushed.
+            self.left, self._was_native = False, False
+            self.batch = self._profile.emulation_batch
 
     # --- fetching ------------------------------------------------------------------------------------
 
