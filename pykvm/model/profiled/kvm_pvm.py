@@ -24,6 +24,7 @@ from pykvm.x86.exceptions import Vector
 
 if TYPE_CHECKING:
     from pykvm.model.cpu.instruction import Instruction
+    from pykvm.model.profiled.access import HostAccess
     from pykvm.model.profiled.processor import HostProcessor
 
 _TRAPPED: Final = frozenset(
@@ -114,7 +115,7 @@ def move_base(cpu: HostProcessor, insn: Instruction) -> None:
     cpu.instructions += 1
 
 
-def enter_handler(cpu: HostProcessor, event: gates.Event) -> None:
+def enter_handler(cpu: HostAccess, event: gates.Event) -> None:
     """Deliver an event by software.  Raises TripleFault for any fault on the way: no second one is delivered,
     nor counted, and CR2 stays."""
     counters = cpu.mmu.counters
@@ -127,7 +128,7 @@ def enter_handler(cpu: HostProcessor, event: gates.Event) -> None:
         raise TripleFault from None
 
 
-def _deliver(cpu: HostProcessor, event: gates.Event) -> None:
+def _deliver(cpu: HostAccess, event: gates.Event) -> None:
     """Gate, stack, frame, and the code segment last, whose accessed bit stays as it is."""
     if not cpu.long_mode:
         gates.enter(cpu, event)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from pykvm.errors import UnsupportedInstruction
 from pykvm.machine.exits import DirtyRingFull, Exit, InternalError, MmioRead, MmioWrite, Shutdown
-from pykvm.model.cpu import gates, interrupts
+from pykvm.model.cpu import interrupts
 from pykvm.model.cpu.faults import Fault, NeedInput, TripleFault
 from pykvm.model.cpu.instruction import Instruction, Memory
 from pykvm.model.mmu import outcomes
@@ -27,7 +27,8 @@ from pykvm.model.mmu.emulated_opcodes import (
 )
 from pykvm.model.mmu.vcpu import ControlChange
 from pykvm.model.profiled import emulators, kvm_pvm
-from pykvm.model.profiled.access import HostAccess, Raced
+from pykvm.model.profiled.access import Raced
+from pykvm.model.profiled.delivery import MOST_REFAULTS, HostDelivery
 from pykvm.model.profiled.svm import reset_after_shutdown
 from pykvm.x86.bits import Rflags
 from pykvm.x86.exceptions import Vector
@@ -39,22 +40,17 @@ if TYPE_CHECKING:
     from pykvm.x86.cpuid import CpuidEntry
 
 _EMULATION: Final = 1  # KVM_INTERNAL_ERROR_EMULATION
-_DELIVERY: Final = 3  # KVM_INTERNAL_ERROR_DELIVERY_EV
 _STRING_IO: Final = frozenset({"ins", "outs"})
 _NATIVE_EXITS: Final = frozenset(
     {"in", "out", "hlt", "cpuid", "rdmsr", "wrmsr", "mov_cr", "invlpg", "invpcid", "vmcall", "vmmcall"}
 )
 """Instructions that leave a native guest for KVM."""
-_MOST_REFAULTS: Final = 1 << 14
-"""An instruction that faults so often never completes: its host would hang, too."""
 _ALIGNED: Final = 16
 """Operands from this size on must be aligned, where the emulator's table does not say otherwise (12.4)."""
-_NO_SECOND: Final = frozenset({Vector.PF, Vector.DF})
-"""Exceptions during whose delivery a page fault is not delivered for itself (SDM vol. 3, table 6-5)."""
 _AC: Final = int(Rflags.AC)
 
 
-class HostProcessor(HostAccess):
+class HostProcessor(HostDelivery):
     """The processor of a vCPU on a host; ``mmu`` is the vCPU's."""
 
     def __init__(self, bus: Bus, cpuid: Sequence[CpuidEntry], mmu: VcpuMmu) -> None:
@@ -195,7 +191,7 @@ class HostProcessor(HostAccess):
             self.rollback_native()
             self.left = True
             self._stuck += 1
-            if self._stuck > _MOST_REFAULTS:
+            if self._stuck > MOST_REFAULTS:
                 raise UnsupportedInstruction(self.rip, b"", "faults for ever") from None
         except outcomes.EmulateInstruction as cause:
             self.rollback_native()
@@ -239,25 +235,6 @@ class HostProcessor(HostAccess):
     def at(self, code: bytes) -> bool:
         """Whether RIP points to these bytes, as the fetch found them."""
         return self._fetched_bytes[: len(code)] == code
-
-    def _deliver(self, fault: Fault) -> None:
-        """Enter the handler of a fault of the instruction at RIP: with the next entry, after its requests."""
-        self.left = True
-        self.replies.clear()
-        try:
-            if not self.mmu.enter():
-                self._undelivered = fault  # until the ring is no longer full
-                return
-        except outcomes.TripleFault:
-            raise TripleFault from None
-        self._deliver_now(fault)
-
-    def _deliver_now(self, fault: Fault) -> None:
-        interrupts.deliver_fault(self, fault)
-        if self._profile.emulates_all_but_user:
-            # The handler runs before requests are looked at again, be the ring full by what was pushed.
-            self.left, self._was_native = False, False
-            self.batch = self._profile.emulation_batch
 
     # --- fetching ------------------------------------------------------------------------------------
 
@@ -431,36 +408,6 @@ class HostProcessor(HostAccess):
 
     def no_code(self) -> Exception:
         return NeedInput(InternalError(_EMULATION, ()))
-
-    # --- events --------------------------------------------------------------------------------------
-
-    def enter_handler(self, event: gates.Event) -> None:
-        if self._profile.emulates_all_but_user:
-            self.emulating, before = True, self.emulating
-            self.untracked = True
-            try:
-                kvm_pvm.enter_handler(self, event)
-                self.commit()
-            finally:
-                self.emulating, self.untracked = before, False
-            return
-        for _ in range(_MOST_REFAULTS):
-            try:
-                super().enter_handler(event)
-            except outcomes.Refault:
-                self.rollback()
-                self.begin()
-                self.mmu.enter()
-            except outcomes.EmulateInstruction:
-                # Tables or stack without memory: a delivery cannot be emulated (12.3, DELIVERY_EV).
-                raise NeedInput(InternalError(_DELIVERY, ())) from None
-            except Fault as fault:
-                if fault.vector != Vector.PF or self.mmu.tdp is not None or event.vector not in _NO_SECOND:
-                    raise
-                # KVM makes it a double fault or a shutdown, and drops the second fault's address with it.
-                raise Fault(Vector.PF, fault.error, address=self.cr2) from None
-            else:
-                return
 
     # --- control registers ---------------------------------------------------------------------------
 
