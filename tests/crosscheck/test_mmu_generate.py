@@ -232,6 +232,7 @@ def test_model_and_real_kvm_agree(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(700)
 def test_many_agree_and_fast(system: KvmSystem, like_host: ModelSystem, tmp_path: Path) -> None:
     """At least 50 a second on a machine that is not shared; what others take does not count here."""
     begin = time.process_time()
