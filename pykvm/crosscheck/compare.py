@@ -134,8 +134,8 @@ def _comparable_steps(first: Trace, second: Trace) -> tuple[int, str]:
         if pair[0].overdue and pair[1].overdue:
             return number, f"step {number} was out of time on both machines"
         if pair[0].refused == pair[1].refused == RingOverflowError.__name__:
-            # KVM looks at the ring between batches of emulated instructions, and a host interrupt ends a batch.
-            return number, f"in step {number} the ring overflowed on both, when is up to interrupts"
+            # KVM looks at the ring between batches of emulated instructions; a host interrupt ends a batch.
+            return number, f"in step {number} the ring overflowed on both machines, when is up to interrupts"
         if emulator() == QEMU_TCG and (bug := _emulator_bug((first.backend, second.backend), pair)):
             return number, f"in step {number} {bug}"
     return min(len(first.steps), len(second.steps)), ""
