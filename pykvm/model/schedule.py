@@ -97,9 +97,9 @@ class Schedule:
         with self._changed:
             if self._executing != number:
                 return
+            self._visitor = 0  # first: Ctrl-C may strike in between
             self._executing = None
             self._busy = False
-            self._visitor = 0
             self._left -= max(1, executed)
             seconds = time.perf_counter() - self._begun
             if seconds > _SLICE_SECONDS:
@@ -112,9 +112,9 @@ class Schedule:
         """The vCPU left ``run``; ``back_soon``: its host answers the exit and goes on."""
         with self._changed:
             if self._executing == number:  # Ctrl-C struck within ``end``
+                self._visitor = 0
                 self._executing = None
                 self._busy = False
-                self._visitor = 0
             self._inside.discard(number)
             if back_soon:
                 self._away[number] = _Absence(time.monotonic() + _HELD_SECONDS, threading.get_ident())

@@ -29,6 +29,8 @@ _PAGE: Final = 0x1000
 _OFFSET: Final = 0xFFF
 _MMIO_BYTES: Final = 8
 _LOCKED_BYTES: Final = frozenset({1, 2, 4, 8})
+_AREA: Final = 512
+"""Bytes of FXSAVE's area."""
 _HOT: Final = 64
 """Guests of a few steps are many, and translating code takes as long as interpreting it so often."""
 _READ, _WRITE, _FETCH = int(Access.READ), int(Access.WRITE), int(Access.FETCH)
@@ -238,7 +240,8 @@ class HostAccess(Processor):
         if self.emulating:
             self.gathering = False
             for address, data in _joined(self._gathered):
-                self.store_linear(address, data)
+                # The host module writes the whole area, what is reserved in it as zeros.
+                self.store_linear(address, data.ljust(_AREA, b"\0") if self.lenient else data)
             self._gathered.clear()
         else:
             for gpa, data in self._queue:
