@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from pykvm.model.cpu.state import State
@@ -17,6 +18,7 @@ _INITIALISED: Final = (
     *("cr2", "cr3", "cr4", "cr8", "efer", "pdptrs", "dr", "dr6", "dr7"),
 )
 _RDX: Final = 2
+_BUSY_TSS16: Final = 3
 
 
 def reset_after_shutdown(cpu: HostProcessor) -> None:
@@ -28,6 +30,7 @@ def reset_after_shutdown(cpu: HostProcessor) -> None:
     fresh = State(cpu.cpuid)
     for name in _INITIALISED:
         setattr(cpu, name, getattr(fresh, name))
+    cpu.tr = replace(fresh.tr, type=_BUSY_TSS16)  # init_vmcb
     leaf = find(cpu.cpuid, 1)
     if leaf is not None:
         cpu.regs[_RDX] = leaf.eax
