@@ -10,6 +10,8 @@ import pytest
 
 from pykvm.model.mmu.memslots import LOG_DIRTY_PAGES
 from pykvm.model.mmu.outcomes import EmulateInstruction
+from pykvm.model.mmu.spte import A
+from pykvm.model.mmu.tdp_stage import DirectPages
 from tests.model.mmu.tdp_rig import DATA, PRESET, USERSPACE, WRITE, TdpRig, faults, moved
 
 ERAS = ["6.1", "6.12"]
@@ -90,3 +92,17 @@ def test_an_access_without_a_slot_leaves_an_mmio_spte(era: str) -> None:
         {"pf_taken": 1, "pf_emulate": 1, "pf_mmio_spte_created": 1, "mmu_cache_miss": 1},
         {},
     ]
+
+
+def test_the_processor_sets_a_again_after_it_was_cleared() -> None:
+    rig = _rig("6.12")
+    rig.store(DATA)
+    stage = DirectPages(rig.vcpu)
+    sp = rig.vcpu.top_page(DATA << 12)
+    while sp is not None and sp.level > 1:
+        sp = sp.children[DATA >> 9 * (sp.level - 1) & 511]
+    assert sp is not None
+    sp.spt[DATA & 511] &= ~A
+    rig.vcpu.flush_tlb()
+    assert rig.load(DATA) == {}
+    assert stage.leaf(DATA)[0] & A
