@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
@@ -18,6 +17,7 @@ from pykvm.crosscheck.rig import MemoryPool, Rig
 from pykvm.crosscheck.scenario import CodeGuest, Scenario
 from pykvm.crosscheck.steps import SlotPlan, Step
 from pykvm.crosscheck.trace import Page, StepTrace, Trace, VcpuView
+from pykvm.crosscheck.watchdog import WATCHDOG
 from pykvm.errors import PykvmError
 from pykvm.guest.boot import change_level
 from pykvm.machine import (
@@ -44,7 +44,6 @@ from pykvm.x86.cpuid import CpuidEntry
 
 TIME_LIMIT: Final = 10.0
 """Seconds that a scenario may take by default."""
-_KICK_SECONDS: Final = 0.05
 _WORD_BITS: Final = 64
 _PASSING: Final = (IoOut, MmioWrite)
 """Exits after which a guest goes on by itself."""
@@ -170,22 +169,15 @@ class _Run:
     @contextmanager
     def _watchdog(self, seconds: float) -> Iterator[None]:
         """Kick the vCPUs, again and again, once the time is over."""
-        finished = threading.Event()
 
-        def watch() -> None:
-            if finished.wait(seconds):
-                return
+        def overdue() -> None:
             self._overdue = True
-            while not finished.wait(_KICK_SECONDS):
-                for vcpu in self._rig.machine.vcpus:
-                    with suppress(PykvmError):
-                        vcpu.kick(wait=0)
+            for vcpu in self._rig.machine.vcpus:
+                with suppress(PykvmError):
+                    vcpu.kick(wait=0)
 
-        threading.Thread(target=watch, name="scenario watchdog", daemon=True).start()
-        try:
+        with WATCHDOG.watch(seconds, overdue):
             yield
-        finally:
-            finished.set()  # nobody waits for the thread: what it may still kick is closed or knows of it
 
     def _step(self, number: int, step: Step) -> StepTrace:
         self._begin_step()
