@@ -30,6 +30,8 @@ class HostDelivery(HostAccess):
     batch: int
     _was_native: bool
     _undelivered: Fault | None
+    spins = False
+    """KVM emulates the same instruction for ever."""
 
     def _deliver(self, fault: Fault) -> None:
         """Enter the handler of a fault of the instruction at RIP: with the next entry, after its requests."""
@@ -57,6 +59,9 @@ class HostDelivery(HostAccess):
             try:
                 kvm_pvm.enter_handler(self, event)
                 self.commit()
+            except kvm_pvm.EndlessDelivery:
+                self.commit()
+                self.spins = True
             finally:
                 self.emulating, self.untracked = before, False
             return

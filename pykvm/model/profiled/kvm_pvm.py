@@ -115,6 +115,11 @@ def move_base(cpu: HostProcessor, insn: Instruction) -> None:
     cpu.instructions += 1
 
 
+class EndlessDelivery(Exception):
+    """The handler's code segment cannot be loaded: kvm_pvm goes there nevertheless, and its first instruction
+    faults for ever.  KVM_RUN returns for a signal only."""
+
+
 def enter_handler(cpu: HostAccess, event: gates.Event) -> None:
     """Deliver an event by software.  Raises TripleFault for any fault on the way: no second one is delivered,
     nor counted, and CR2 stays."""
@@ -147,5 +152,10 @@ def _deliver(cpu: HostAccess, event: gates.Event) -> None:
     cpu.regs[RSP] = rsp & ~0xF
     with stack_error(event.ext):
         push_all(cpu, frame, 8, event.error)
-    code = gates.handler_code(cpu, gate.selector, event.ext, marks=False)
+    try:
+        code = gates.handler_code(cpu, gate.selector, event.ext, marks=False)
+    except Fault as fault:
+        if fault.vector == Vector.PF:
+            raise
+        raise EndlessDelivery from None
     gates.leave(cpu, gate, code, event.ext)

@@ -144,7 +144,7 @@ class HostProcessor(HostDelivery):
         return self._profile.emulates_all_but_user
 
     def step(self) -> None:
-        if self.shut_down:
+        if self.shut_down or self.spins:
             return
         try:
             if self._undelivered is not None:
