@@ -103,7 +103,7 @@ def open_model(kvm: System | None, kind: str | None = None, era: str | None = No
         known = host_profile(kvm)
     else:
         known = profile(*DEVELOPMENT_HOST)
-    model = ModelSystem(profile=known)
+    model = ModelSystem(profile=known, gathers=False)
     model.description = f"{known.name}, era {known.era}"
     return model
 

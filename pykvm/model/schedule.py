@@ -41,6 +41,8 @@ class Schedule:
     """The order of turns of one machine."""
 
     def __init__(self, seed: int) -> None:
+        self.gathers = True
+        """Whether the first turn waits for all vCPUs."""
         self._random = Random(seed)
         self._changed = threading.Condition()
         self._inside: set[int] = set()
@@ -62,7 +64,8 @@ class Schedule:
     def expect(self, number: int) -> None:
         """A vCPU was made: the first turn waits for it."""
         with self._changed:
-            self._expected.add(number)
+            if self.gathers:
+                self._expected.add(number)
 
     def begin(self, number: int, stop: Callable[[], bool]) -> int:
         """Wait for the vCPU's turn: how many instructions it may execute, 0 if ``stop`` came first: then

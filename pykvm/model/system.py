@@ -20,13 +20,22 @@ class ModelSystem:
 
     ``seed`` decides how the vCPUs of a machine take turns; without ``translate`` their processors are plain
     interpreters, which only takes longer.  With a ``profile`` the machines have the MMU of such a KVM host,
-    and their logs and statistics are exactly what it would report.
+    and their logs and statistics are exactly what it would report.  ``gathers`` False: one thread runs all
+    vCPUs of a machine, one after the other, so none waits for the others to begin.
     """
 
     backend = "model"
 
-    def __init__(self, seed: int = 0, *, translate: bool = True, profile: Profile | None = None) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        translate: bool = True,
+        profile: Profile | None = None,
+        gathers: bool = True,
+    ) -> None:
         self.seed = seed
+        self.gathers = gathers
         self.translate = translate
         self.profile = profile
         self.description = "reference machine in pure Python"
@@ -43,9 +52,13 @@ class ModelSystem:
         """A fresh machine without memory and vCPUs.  Raises ClosedError."""
         if self._closed:
             raise ClosedError("The system is closed; open a new one.")
+        machine: ModelMachine
         if self.profile is not None:
-            return ProfiledMachine(self.supported_cpuid, self.seed, self.profile)
-        return ModelMachine(self.supported_cpuid, self.seed, translate=self.translate)
+            machine = ProfiledMachine(self.supported_cpuid, self.seed, self.profile)
+        else:
+            machine = ModelMachine(self.supported_cpuid, self.seed, translate=self.translate)
+        machine.schedule.gathers = self.gathers
+        return machine
 
     def close(self) -> None:
         """No further machines; those that exist go on."""

@@ -108,7 +108,7 @@ def _scenarios(effort: Effort) -> Iterator[Row]:
     each = 20
     with (
         KvmSystem() as system,
-        ModelSystem(profile=profile(*DEVELOPMENT_HOST)) as model,
+        ModelSystem(profile=profile(*DEVELOPMENT_HOST), gathers=False) as model,
         MmuCheck(model, system) as check,
     ):
         scenarios = [
