@@ -86,7 +86,7 @@ def flushes(old: int, new: int) -> tuple[bool, bool]:
         # entry need: a write through a stale translation falls into the round that is being collected.
         (WRITABLE & ~D, LOGGED, (False, False)),
         (LOGGED, WRITABLE, (False, False)),
-        # Tracking: MMU_WRITABLE goes.  A write through a stale translation would never be seen by the tracker.
+        # Tracking: MMU_WRITABLE goes.  No tracker would see a write through a stale translation.
         (WRITABLE, TRACKED, (True, True)),
         (WRITABLE & ~D, TRACKED, (True, True)),
         # From logged to tracked: the entry is read-only already, but a processor may still hold the writable
