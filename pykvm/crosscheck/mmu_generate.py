@@ -51,8 +51,8 @@ _HOMES: Final = {
 _RINGS: Final = (256, 512, 1024, 4096)
 _OFFSETS: Final = (0, 8, 0x40, 0x208, 0xFE0, 0xFFC, 0xFFF)
 """Of accesses to data: at the end they cross into the next page; the code for ``fetch`` stays as it is."""
-# Without PREFETCHW: whether it sets A in an SPTE, which a later fault then finds as it would make it, is up to
-# the processor.
+# Without PREFETCHW: whether it sets A in an SPTE, which a later fault then finds as it would make it, is the
+# processor's affair.
 _PLAIN: Final = (
     *("store8", "load8") * 6,
     *("store1", "store4", "store2", "load1", "load4"),
