@@ -144,3 +144,27 @@ def uses_exit_gpa(insn: Instruction) -> bool:
         return False
     in_memory = any(isinstance(operand, Memory) for operand in insn.operands)
     return not (in_memory and insn.name in ("push", "pop"))
+
+
+_PREFIXES: Final = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
+_LOCK: Final = 0xF0
+_NOT_IN_64_BIT: Final = frozenset(b"\x06\x07\x0e\x16\x17\x1e\x1f\x2f\x60\x61\x82\x9a\xce\xd4\xd5\xd6\xea")
+
+
+def refuses(code: bytes) -> bool:
+    """Whether the emulator knows undefined 64-bit code for what it is and raises #UD by itself.
+
+    Opcodes that its tables mark as undefined, or as none of 64-bit mode, and LOCK where it is not allowed;
+    of the others it says that it lacks them (measured on kvm_pvm, opcode by opcode).
+    """
+    at = 0
+    while at < len(code) and code[at] in _PREFIXES:
+        at += 1
+    if _LOCK in code[:at]:
+        return True
+    if at < len(code) and code[at] & 0xF0 == 0x40:
+        at += 1
+    opcode, modrm = (*code[at : at + 2], 0, 0)[:2]
+    if opcode in (0xC6, 0xC7):
+        return bool(modrm & 0x38)
+    return opcode in _NOT_IN_64_BIT or (opcode == 0xFF and modrm & 0x38 == 0x38)

@@ -155,7 +155,11 @@ def _deliver(cpu: HostAccess, event: gates.Event) -> None:
     try:
         code = gates.handler_code(cpu, gate.selector, event.ext, marks=False)
     except Fault as fault:
-        if fault.vector == Vector.PF:
-            raise
-        raise EndlessDelivery from None
+        if fault.vector != Vector.PF:
+            raise EndlessDelivery from None
+        # A double fault comes as far: its frame lies where this one is, and its error code is 0.
+        cpu.regs[RSP] = rsp & ~0xF
+        with stack_error(event.ext):
+            push_all(cpu, frame, 8, 0)
+        raise
     gates.leave(cpu, gate, code, event.ext)

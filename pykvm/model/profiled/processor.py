@@ -23,6 +23,7 @@ from pykvm.model.mmu.emulated_opcodes import (
     coverage,
     is_page_table_opcode,
     lacked_feature,
+    refuses,
     uses_exit_gpa,
 )
 from pykvm.model.mmu.vcpu import ControlChange
@@ -354,8 +355,7 @@ class HostProcessor(HostDelivery):
     def _fail(self, cause: EmulateInstruction | None) -> None:
         """The emulator lacks the instruction (``handle_emulation_failure``)."""
         self.discard()
-        if self._after_undefined:
-            # EMULTYPE_TRAP_UD: what the emulator does not know either is the guest's #UD, and no failure.
+        if self._after_undefined and refuses(self._fetched_bytes):
             self.emulating = False
             self._deliver(Fault.ud())
             return
