@@ -6,6 +6,8 @@ from __future__ import annotations
 import pytest
 
 from pykvm.cli.mmu import host_profile
+from pykvm.crosscheck.compare import Agreement
+from pykvm.crosscheck.mmu_mass import MmuCheck
 from pykvm.crosscheck.run import COUNTERS, run
 from pykvm.kvm import KvmSystem
 from pykvm.model.system import ModelSystem
@@ -30,3 +32,12 @@ def test_a_host_like_that_still_shows_it(name: str, system: KvmSystem) -> None:
     if (here.name, here.era) != found.host:
         pytest.skip(f"recorded on {' '.join(found.host)}, this host is {here.name} {here.era}")
     assert shown(run(found.scenario, system, watch=COUNTERS)) == found.steps, found.why
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_model_and_host_agree_to_the_last_byte(name: str, system: KvmSystem) -> None:
+    found, here = load(name), host_profile(system)
+    if (here.name, here.era) != found.host:
+        pytest.skip(f"recorded on {' '.join(found.host)}, this host is {here.name} {here.era}")
+    with ModelSystem(profile=here, gathers=False) as model, MmuCheck(model, system) as check:
+        assert isinstance(check.check(found.scenario), Agreement)
