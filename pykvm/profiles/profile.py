@@ -105,7 +105,8 @@ class Profile:
     """A triple fault leaves the vCPU as INIT does, ready to run from the reset vector (kvm_amd, whose VMCB is
     undefined then; hosts.md C.2), else as it was."""
     lazy_cr3_sync: bool = False
-    """MOV to CR3 synchronises at the next entry only (kvm_pvm, where CPL 0 is emulated; hosts.md B.11, 4)."""
+    """MOV to CR3 synchronises at the next entry only (kvm_pvm, where CPL 0 is emulated; hosts.md B.11, 4).
+    Follows from ``emulates_all_but_user``: told for people, the model needs no second switch."""
 
     # --- shadow MMU ----------------------------------------------------------------------------------
     zaps_unsync_children: bool = True
@@ -134,7 +135,8 @@ class Profile:
     856cf4a60cff (Linux 6.13) (section 8)."""
     refuses_missing_table_slot: bool = True
     """A walk through a gfn without a visible slot faults (commit b5b359ac30d4, Linux 6.6) [>=6.12]; before,
-    only an error hva did, so that KVM's internal slots could hold tables (13.3)."""
+    only an error hva did, so that KVM's internal slots could hold tables (13.3).  Told for people: the model
+    has no internal slots."""
     dummy_root: bool = True
     """CR3 without a slot: guest accesses fault (commit 0e3223d8d00a, Linux 6.6) [>=6.12]; else a triple fault
     at entry [6.1] (10.2), as on kvm_pvm (hosts.md C.3)."""
@@ -180,7 +182,8 @@ class Profile:
     """The PML buffer is read newest entry first [6.1, 6.12]; oldest first since commit 37c3ddfe5238 (Linux
     6.14) (4.6)."""
     reset_interruptible: bool = False
-    """KVM_RESET_DIRTY_RINGS stops for a signal (commit 49005a2a3d2a, Linux 6.17) (4.5)."""
+    """KVM_RESET_DIRTY_RINGS stops for a signal (commit 49005a2a3d2a, Linux 6.17) (4.5).  Told for people: no
+    signal comes in the middle of the model's resets."""
 
     # --- write tracking and slots --------------------------------------------------------------------
     write_track_allocation: WriteTrackAllocation = WriteTrackAllocation.EXTERNAL_USER
