@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from pykvm.backends import open_system
-from pykvm.cli import dirty, main
-from pykvm.cli import run as run_command
+from pykvm.cli import host_profile, main
 from pykvm.errors import DeviceMissingError, DevicePermissionError
 from pykvm.guest import catalog
 from tests.cli.runner import command_line, environment, execute, invoke
@@ -77,7 +76,7 @@ def test_what_the_model_lacks_is_one_sentence(capfd: Capture, tmp_path: Path) ->
 def test_auto_takes_the_model_where_kvm_is_unusable_and_says_why(
     capfd: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(run_command, "open_system", lambda backend: open_system(backend, device="/dev/null"))
+    monkeypatch.setattr(host_profile, "open_system", lambda backend: open_system(backend, device="/dev/null"))
     image = tmp_path / "halt.bin"
     image.write_bytes(b"\xf4")
     result = invoke(capfd, "run", str(image), "--json")
@@ -94,7 +93,7 @@ def test_a_host_without_kvm_has_its_statuses(
     def refuse(backend: str) -> None:
         raise error("No KVM here: get one.")
 
-    monkeypatch.setattr(dirty, "open_system", refuse)
+    monkeypatch.setattr(host_profile, "open_system", refuse)
     result = invoke(capfd, "dirty", "hotspot", "--json")
     assert result.status == status
     assert result.document == {"error": "No KVM here: get one.", "exit_status": status}

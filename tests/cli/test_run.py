@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pykvm.backends import open_system
-from pykvm.cli import run as run_command
+from pykvm.cli import host_profile
 from pykvm.cli.session import Session
 from pykvm.guest import catalog
 from tests.cli.runner import Result, execute, invoke
@@ -30,7 +30,7 @@ def out(port: int, *values: int) -> bytes:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the commands of this process open, whatever they are told."""
     name: str = request.param
-    monkeypatch.setattr(run_command, "open_system", lambda _: open_system(name))
+    monkeypatch.setattr(host_profile, "open_system", lambda _: open_system(name))
     monkeypatch.setattr(Session, "tell_choice", lambda *_: None)  # nothing was chosen by itself
     return name
 

@@ -152,7 +152,7 @@ def test_hypothesis_shrinks_to_a_small_reproducer(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("hypothesis.internal.conjecture.engine.MAX_SHRINKING_SECONDS", 4)
     found: list[Scenario] = []
 
-    @settings(QUIET, max_examples=200)
+    @settings(QUIET, max_examples=2000)
     @given(scenarios())
     def never_in_long_mode_with_a_host_write(scenario: Scenario) -> None:
         assert isinstance(scenario.guest, CodeGuest)
