@@ -47,8 +47,9 @@ def used(kind: str, size: int) -> int:
         return result
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "amd-npt-oldmmu"])
 def test_a_guest_of_a_tebibyte_costs_no_more_than_a_small_one(kind: str) -> None:
+    """Not the older direct MMU: the further its pages lie apart, the more tables of its own it needs."""
     used(kind, 1 << 30)  # what is cached for ever is there now
     small, large = used(kind, 1 << 30), used(kind, 1 << 40)
     assert large < 1.5 * small + 50_000
