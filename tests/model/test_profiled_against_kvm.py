@@ -176,6 +176,48 @@ def test_an_instruction(host: tuple[KvmSystem, Profile], name: str, cpl: int, fl
         pair.step(code, rdi=(DATA + 3 << 12) - 4, **registers)
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        *(
+            "06",
+            "0e",
+            "1e",
+            "27",
+            "60",
+            "6200",
+            "82c000",
+            "9a",
+            "ce",
+            "d40a",
+            "d6",
+            "ea",
+            "f001c0",
+            "fff8",
+            "fef8",
+        ),
+        *(
+            "c6c800",
+            "8fc8",
+            "0f04",
+            "0f0a",
+            "0f24c0",
+            "0f36",
+            "0fffc0",
+            "0fa6",
+            "0f7ac0",
+            "0fc7c8",
+            "8dc0",
+            "0f01c4",
+        ),
+    ],
+)
+def test_what_neither_processor_nor_emulator_takes(host: tuple[KvmSystem, Profile], code: str) -> None:
+    """After #UD the emulator tries: what it lacks counts as a failure, what it knows to be undefined does not."""
+    with Pair(*host, cpl=3) as pair:
+        pair.step(bytes.fromhex(code) + DONE, rdi=DATA << 12, rax=2, rbx=DATA << 12, rcx=0)
+
+
 @pytest.mark.parametrize("ring", [0, 4096], ids=["bitmap", "ring"])
 @pytest.mark.parametrize("cpl", [0, 3])
 def test_a_guest_that_edits_its_tables(host: tuple[KvmSystem, Profile], cpl: int, ring: int) -> None:
