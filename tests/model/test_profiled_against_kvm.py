@@ -213,7 +213,7 @@ def test_an_instruction(host: tuple[KvmSystem, Profile], name: str, cpl: int, fl
     ],
 )
 def test_what_neither_processor_nor_emulator_takes(host: tuple[KvmSystem, Profile], code: str) -> None:
-    """After #UD the emulator tries: what it lacks counts as a failure, what it knows as undefined does not."""
+    """After #UD the emulator tries: what it lacks counts as failed, what it knows as undefined does not."""
     with Pair(*host, cpl=3) as pair:
         pair.step(bytes.fromhex(code) + DONE, rdi=DATA << 12, rax=2, rbx=DATA << 12, rcx=0)
 
