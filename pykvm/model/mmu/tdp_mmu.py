@@ -222,19 +222,13 @@ class TdpMmu:
         return changed
 
     def write_protect_masked(self, slot: Memslot, gfn: int, mask: int) -> None:
-        root = self._valid_root(slot)
-        if root is None:
-            return
-        small = root.small
-        while mask:
-            low = mask & -mask
-            mask ^= low
-            at = gfn + low.bit_length() - 1
-            spte = small.get(at, 0)
-            if spte & W:
-                small[at] = spte & ~W
+        self._clear_masked(slot, gfn, mask, W)
 
     def clear_dirty_masked(self, slot: Memslot, gfn: int, mask: int) -> None:
+        self._clear_masked(slot, gfn, mask, D)
+
+    def _clear_masked(self, slot: Memslot, gfn: int, mask: int, bit: int) -> None:
+        """Clear a bit of the 4 KiB leaves that the mask names; W where an entry asks for write protection."""
         root = self._valid_root(slot)
         if root is None:
             return
@@ -245,7 +239,7 @@ class TdpMmu:
             at = gfn + low.bit_length() - 1
             spte = small.get(at, 0)
             if spte:
-                small[at] = spte & ~(W if spte & AD_WRITE_PROTECT else D)
+                small[at] = spte & ~(W if spte & AD_WRITE_PROTECT else bit)
 
     def write_protect_slot(self, slot: Memslot, min_level: int) -> None:
         self._clear(slot, W, min_level)
