@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from pykvm.errors import PykvmError
+
 
 class RetPf(Enum):
     """``RET_PF_*``: what became of a fault that KVM took (kvm-mmu.md 7.6)."""
@@ -58,3 +60,7 @@ class Refault(Exception):
 @dataclass(slots=True)
 class LeaveGuest(Exception):
     """KVM_RUN returns before the instruction was executed: the dirty ring is full."""
+
+
+class StuckGuestError(PykvmError):
+    """An access of the guest faults for ever; a real KVM_RUN would never return."""

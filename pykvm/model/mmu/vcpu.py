@@ -15,14 +15,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from pykvm.errors import PykvmError
 from pykvm.model.mmu import spte
 from pykvm.model.mmu.control_change import ControlChange, apply_change, invpcid
 from pykvm.model.mmu.counters import VcpuCounters
 from pykvm.model.mmu.dirty_ring import DirtyRing
 from pykvm.model.mmu.guest_walk import walk
 from pykvm.model.mmu.memslots import READONLY
-from pykvm.model.mmu.outcomes import EmulateInstruction, GuestPageFault, LeaveGuest, Refault
+from pykvm.model.mmu.outcomes import (
+    EmulateInstruction,
+    GuestPageFault,
+    LeaveGuest,
+    Refault,
+    StuckGuestError,
+)
 from pykvm.model.mmu.page_fault import page_fault, retry_failed, unprotect_and_retry
 from pykvm.model.mmu.profile import Paging
 from pykvm.model.mmu.requests import Requests
@@ -48,10 +53,6 @@ _SMEP, _SMAP = int(Cr4.SMEP), int(Cr4.SMAP)
 _TLB_PAGES: Final = 1 << 14
 _ENDLESS: Final = 1000
 """Faults in a row at one address after which the model takes the guest for stuck."""
-
-
-class StuckGuestError(PykvmError):
-    """An access of the guest faults for ever; a real KVM_RUN would never return."""
 
 
 class VcpuMmu:
@@ -202,12 +203,16 @@ class VcpuMmu:
         raise StuckGuestError(f"The guest's access to {linear:#x} faults for ever: KVM_RUN would not return.")
 
     def _learn(self, linear: int) -> None:
-        """After a fault: this vCPU has the root's entry for the address, if there is one."""
+        """After a fault: this vCPU has the root's entry for the address if there is one."""
         sp = self.top_page(linear)
         if sp in self._copies:
             index = linear >> 3 + 9 * sp.level & 511
             if index in sp.children:
                 self._copies[sp].add(index)
+
+    def forget_root_copy(self) -> None:
+        """Native code begins anew: where the profile copies roots, the copy is made again."""
+        self._copies.clear()
 
     def cached(self, access: int) -> dict[int, int]:
         """Shadow paging's TLB for a kind of access, from linear page to guest-physical page address; it
