@@ -21,6 +21,7 @@ from pykvm.model.mmu.counters import VcpuCounters
 from pykvm.model.mmu.dirty_ring import DirtyRing
 from pykvm.model.mmu.guest_walk import walk
 from pykvm.model.mmu.memslots import READONLY
+from pykvm.model.mmu.mmio import mmio_gfn
 from pykvm.model.mmu.outcomes import (
     EmulateInstruction,
     GuestPageFault,
@@ -295,10 +296,10 @@ class VcpuMmu:
         """The emulator decoded an instruction, successfully or not (insn_emulation)."""
         self.counters.insn_emulation += 1
 
-    def emulator_translate(self, linear: int, access: int) -> int:
+    def emulator_translate(self, linear: int, access: int, *, probing: bool = False) -> int:
         """As KVM's emulator: a software walk that sets A and D and marks the tables.
 
-        Raises GuestPageFault, counted as injected.
+        Raises GuestPageFault, as injected unless ``probing``: then it may come to nothing.
         """
         if not self.control.cr0 & Cr0.PG:
             return linear & 0xFFFFFFFF
@@ -307,8 +308,9 @@ class VcpuMmu:
             return self._mmio[1] << 12 | linear & 0xFFF
         try:
             return walk(self, linear, access).gpa
-        except GuestPageFault as delivered:
-            self.inject_page_fault(delivered)
+        except GuestPageFault as found:
+            if not probing:
+                self.inject_page_fault(found)
             raise
 
     def emulator_write(self, gpa: int, data: bytes, *, locked: bool = False, tracked: bool = True) -> bool:
@@ -440,18 +442,10 @@ class VcpuMmu:
             return True
         if self.tdp is not None and self.mmu.tdp is not None:
             return self.tdp.handle_mmio(address)
-        sp = self.top_page(address)
-        while sp is not None:
-            index = address >> 3 + 9 * sp.level & 511
-            child = sp.children.get(index)
-            if child is None:
-                entry = sp.spt.get(index, 0)
-                if entry & spte.MMIO and sp.mmio_generation.get(index) == self.mmu.memslots.generations[0]:
-                    self.remember_mmio(address, (entry & spte.ADDRESS & ~spte.MMIO) >> 12)
-                    return True
-                return False
-            sp = child
-        return False
+        gfn = mmio_gfn(self, address)
+        if gfn is not None:
+            self.remember_mmio(address, gfn)
+        return gfn is not None
 
     def forget_mmio(self) -> None:
         """Slots or translations changed: the remembered MMIO address is void."""

@@ -55,6 +55,8 @@ class HostAccess(Processor):
         self.gathering = False
         """The emulator's stores are put together and made as one."""
         self._gathered: list[tuple[int, bytes]] = []
+        self.probing = False
+        """Page faults of the emulator's accesses may come to nothing: they are not injected yet."""
         self.locking = False
         """The emulator's stores are locked ones."""
         self.exit_gpa: int | None = None
@@ -106,7 +108,7 @@ class HostAccess(Processor):
             if self.emulating:
                 if self.exit_gpa is not None and self._is_exit_address(address, access, system):
                     return self.exit_gpa
-                return mmu.emulator_translate(address, kind)
+                return mmu.emulator_translate(address, kind, probing=self.probing)
             return mmu.translate(address, kind)
         except GuestPageFault as fault:
             raise Fault(Vector.PF, fault.error, address=fault.address) from None

@@ -27,6 +27,7 @@ from pykvm.model.mmu.emulated_opcodes import (
     uses_exit_gpa,
 )
 from pykvm.model.mmu.vcpu import ControlChange
+from pykvm.model.paging import Access
 from pykvm.model.profiled import emulators, kvm_pvm
 from pykvm.model.profiled.access import Raced
 from pykvm.model.profiled.delivery import MOST_REFAULTS, HostDelivery
@@ -292,21 +293,17 @@ class HostProcessor(HostDelivery):
         self._saved = self._snapshot()
         self.exit_gpa = None
         insn: Instruction | None = None
-        counters = self.mmu.counters
-        injected = counters.pf_guest
+        self.probing = True
         try:
             insn = self.fetch()
         except UnsupportedInstruction:
             pass
         except Fault as fault:
             if fault.vector != Vector.UD:
-                if cause is not None or not self.runs_natively:
-                    self.mmu.decoded()
-                if self.mmu.retry_after_failure(cause, self.rip):
-                    counters.pf_guest = injected
-                    self.discard()
-                    return None
-                raise  # of an instruction that is trapped the host itself fetches the bytes first
+                self._unfetched(fault, cause)
+                return None
+        finally:
+            self.probing = False
         self.mmu.decoded()
         found = Coverage.UNDECODED if insn is None else self._coverage(insn)
         if insn is None or found is Coverage.UNDECODED:
@@ -327,6 +324,26 @@ class HostProcessor(HostDelivery):
         if found is Coverage.HOST:
             self.mmu.counters.insn_emulation_fail += 1
         return insn
+
+    def _unfetched(self, fault: Fault, cause: EmulateInstruction | None) -> None:
+        """The emulator cannot fetch: KVM unprotects what was written and lets the guest try, or it delivers the
+        fault.  Of an instruction that is trapped the host itself has read the bytes first."""
+        if cause is not None or not self.runs_natively or self._reads_code():
+            self.mmu.decoded()
+        if self.mmu.retry_after_failure(cause, self.rip):
+            self.discard()
+            return
+        if fault.vector == Vector.PF:
+            self.mmu.inject_page_fault(outcomes.GuestPageFault(fault.error or 0, fault.address))
+        raise fault
+
+    def _reads_code(self) -> bool:
+        """Whether the page of the instruction can be read, whatever execution says."""
+        try:
+            self.reach(self._linear_rip(self.rip), int(Access.READ))
+        except Fault:
+            return False
+        return True
 
     def _give_up(self, insn: Instruction, cause: EmulateInstruction | None) -> None:
         """The emulator reads the operand before it finds that it lacks the instruction."""
