@@ -326,8 +326,10 @@ class HostProcessor(HostDelivery):
         return insn
 
     def _unfetched(self, fault: Fault, cause: EmulateInstruction | None) -> None:
-        """The emulator cannot fetch: KVM unprotects what was written and lets the guest try, or it delivers the
-        fault.  Of an instruction that is trapped the host itself has read the bytes first."""
+        """The emulator cannot fetch: KVM unprotects what was written and lets the guest try, or delivers it.
+
+        Of an instruction that is trapped the host itself has read the bytes first.
+        """
         if cause is not None or not self.runs_natively or self._reads_code():
             self.mmu.decoded()
         if self.mmu.retry_after_failure(cause, self.rip):
