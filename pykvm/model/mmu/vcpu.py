@@ -204,16 +204,10 @@ class VcpuMmu:
         raise StuckGuestError(f"The guest's access to {linear:#x} faults for ever: KVM_RUN would not return.")
 
     def _learn(self, linear: int) -> None:
-        """After a fault: this vCPU has the root's entry for the address if there is one."""
+        """After a fault: this vCPU's copy of the root is in step."""
         sp = self.top_page(linear)
         if sp in self._copies:
-            index = linear >> 3 + 9 * sp.level & 511
-            if index in sp.children:
-                self._copies[sp].add(index)
-
-    def forget_root_copy(self) -> None:
-        """Native code begins anew: where the profile copies roots, the copy is made again."""
-        self._copies.clear()
+            self._copies[sp] = set(sp.children)
 
     def cached(self, access: int) -> dict[int, int]:
         """Shadow paging's TLB for a kind of access, from linear page to guest-physical page address; it

@@ -120,8 +120,6 @@ class HostProcessor(HostDelivery):
             self.mmu.flush_pml()
         elif self.batch > 0 and native == self._was_native and self.mmu.rooted:
             return True
-        if native and not self._was_native:
-            self.mmu.forget_root_copy()
         self._was_native = native
         if self._profile.emulates_all_but_user and kvm_pvm.cannot_run(self):
             self.shut_down = True
