@@ -92,6 +92,11 @@ def run(
         return _Run(scenario, rig, system, watch, inspect).run(seconds)
 
 
+def _copies_roots(system: System) -> bool:
+    """Whether the system is the model of a host that copies roots (docs/kvm-findings.md, copied-root)."""
+    return bool(getattr(getattr(system, "profile", None), "copies_root_entries", False))
+
+
 class _Run:
     """One run; what the step at hand did is gathered in the attributes."""
 
@@ -143,6 +148,7 @@ class _Run:
             self._scenario,
             start,
             tuple(done),
+            copies_roots=_copies_roots(self._system),
             marks_reads=not self._watch.counters and marks_reads(self._system, *self._mode()),
             counters=counters,
             final=tuple(bytes(memory.view()) for memory in self._rig.memories)

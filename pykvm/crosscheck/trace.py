@@ -64,8 +64,9 @@ class Trace:
     """A scenario's run on one machine.
 
     ``start``: the live slots before the first step.  ``marks_reads``: whether this machine's log also names
-    pages that were only read (pykvm.crosscheck.abilities).  Only where counters are watched: ``counters``
-    are those before the first step, ``final`` the memories after the last one.
+    pages that were only read (pykvm.crosscheck.abilities).  ``copies_roots``: it is the model of a host
+    whose vCPUs have each their own copy of a root.  Only where counters are watched: ``counters`` are those
+    before the first step, ``final`` the memories after the last one.
     """
 
     backend: str
@@ -73,5 +74,6 @@ class Trace:
     start: tuple[SlotPlan, ...]
     steps: tuple[StepTrace, ...]
     marks_reads: bool = False
+    copies_roots: bool = False
     counters: Mapping[str, int] = field(default_factory=dict)
     final: tuple[bytes, ...] = ()

@@ -10,7 +10,7 @@ from pykvm.crosscheck import steps as plan
 from pykvm.crosscheck.compare import Agreement, Difference, Level, compare
 from pykvm.crosscheck.loss import first_loss
 from pykvm.crosscheck.rules import IGNORED, comparable
-from pykvm.crosscheck.run import run
+from pykvm.crosscheck.run import COUNTERS, run
 from pykvm.crosscheck.scenario import Scenario, Surplus
 from pykvm.crosscheck.steps import SlotPlan
 from pykvm.crosscheck.trace import StepTrace, Trace, VcpuView
@@ -462,3 +462,24 @@ def test_a_ring_that_overflowed_on_both_ends_the_comparison(trace: Trace) -> Non
         1, "in step 1 the ring overflowed on both machines, when is up to interrupts"
     )
     assert isinstance(compare(over, broken(trace, 1, exits=()), Level.L4), Difference)
+
+
+def test_one_spurious_fault_for_a_copied_root_ends_the_comparison() -> None:
+    """Only on the model of a host that copies roots, with several vCPUs, and for that counter pair."""
+    made = scenario("copied", guest("long", 3, *[writer("long", 1)] * 2), plan.Run(0), plan.Run(1))
+    with ModelSystem(gathers=False) as model:
+        one = run(made, model, watch=COUNTERS)
+    counters = {"vcpu0.pf_taken": 3, "vcpu0.pf_spurious": 1}
+    step = replace(one.steps[1], counters=counters)
+    more = replace(step, counters={"vcpu0.pf_taken": 4, "vcpu0.pf_spurious": 2})
+    other = replace(step, counters={"vcpu0.pf_taken": 5, "vcpu0.pf_spurious": 3})
+    copying = replace(one, steps=(one.steps[0], step), copies_roots=True)
+    start = {"vcpu0.pf_taken": 0, "vcpu0.pf_spurious": 0}
+    copying = replace(copying, counters=start, steps=(replace(one.steps[0], counters=start), step))
+
+    def result(with_step: StepTrace, trace: Trace = copying) -> object:
+        return compare(trace, replace(trace, steps=(trace.steps[0], with_step), copies_roots=False), Level.L3)
+
+    assert isinstance(result(more), Agreement)
+    assert isinstance(result(other), Difference), "two are more than one"
+    assert isinstance(result(more, replace(copying, copies_roots=False)), Difference)

@@ -195,16 +195,17 @@ class VcpuMmu:
                 return self._tlb[access & _KIND][linear >> 12] | linear & 0xFFF
             try:
                 page_fault(self, linear, error)
-            finally:
-                if self._copying:
-                    self._learn(linear)
+            except EmulateInstruction:
+                self._learn(linear)
+                raise
+            self._learn(linear)
             self.reenter()
             if self.restarts:
                 raise Refault
         raise StuckGuestError(f"The guest's access to {linear:#x} faults for ever: KVM_RUN would not return.")
 
     def _learn(self, linear: int) -> None:
-        """After a fault: this vCPU's copy of the root is in step."""
+        """After a fault that KVM resolved: this vCPU's copy of the root is in step."""
         sp = self.top_page(linear)
         if sp in self._copies:
             self._copies[sp] = set(sp.children)
