@@ -54,6 +54,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             items[:] = kept
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """A host that emulates in batches ends one at any interrupt of its own (reference/hosts.md D.7), which
+    serves requests one entry sooner.  What is wrong is wrong three times.
+    """
+    if pyfuncitem.get_closest_marker("interruptible") is None:
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    for more in (True, True, False):
+        try:
+            pyfuncitem.obj(**arguments)
+        except AssertionError:
+            if not more:
+                raise
+        else:
+            break
+    return True
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield

@@ -23,6 +23,8 @@ from pykvm.probe import detect, read_evidence
 from pykvm.profiles import DEVELOPMENT_HOST, profile
 from tests.cli.runner import ROOT, invoke
 
+pytestmark = pytest.mark.interruptible
+
 DOCUMENT = ROOT / "docs" / "kvm-findings.md"
 TEXT = DOCUMENT.read_text()
 COMMANDS = sorted(set(re.findall(r"`pykvm explain ([a-z][^`\n]*)`", TEXT)))

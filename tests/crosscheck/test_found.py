@@ -14,6 +14,8 @@ from pykvm.model.system import ModelSystem
 from pykvm.profiles import profile
 from tests.crosscheck.recorded import NAMES, load, shown
 
+pytestmark = pytest.mark.interruptible
+
 
 def test_there_are_some() -> None:
     assert len(NAMES) > 10

@@ -15,6 +15,8 @@ from pykvm.kvm import KvmSystem
 from pykvm.model.system import ModelSystem
 from pykvm.profiles import DEVELOPMENT_HOST, profile
 
+pytestmark = pytest.mark.interruptible
+
 ROWS = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22}
 
 

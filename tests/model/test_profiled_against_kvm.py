@@ -18,6 +18,8 @@ from pykvm.probe import detect, read_evidence
 from pykvm.profiles import Profile
 from tests.model.hostguest import DATA, DONE, PD, PDPT, PML4, PT, HostGuest, Step
 
+pytestmark = pytest.mark.interruptible
+
 STORE: Final = b"\x48\x89\x07" + DONE
 LOAD: Final = b"\x48\x8b\x07" + DONE
 FRESH, USED = 0x07, 0x67
