@@ -21,11 +21,11 @@ from pykvm.crosscheck.run import COUNTERS, run
 from pykvm.kvm import KvmSystem
 from pykvm.machine import SlotFlags
 from pykvm.model.mmu.memslots import LOG_DIRTY_PAGES
-from pykvm.model.mmu.profile import DEVELOPMENT_HOST, profile
 from pykvm.model.mmu.vcpu import ControlChange
 from pykvm.model.mmu.vm import Mmu
 from pykvm.model.paging import Access, Control
 from pykvm.model.system import ModelSystem
+from pykvm.profiles import DEVELOPMENT_HOST, profile
 
 _STORE: Final = int(Access.USER | Access.WRITE)
 _TABLE, _PAGE = 0x27, 0x67

@@ -13,8 +13,8 @@ import pytest
 
 from pykvm.machine import MmioRead, MmioWrite, Registers, Shutdown
 from pykvm.machine.exits import Exit
-from pykvm.model.mmu.profile import Execution, profile
 from pykvm.model.system import ModelSystem
+from pykvm.profiles import Execution, profile
 from pykvm.x86.registers import DescriptorTable
 from tests.mmu_rig import CODE, DATA, DATA_PT, Host, Rig
 

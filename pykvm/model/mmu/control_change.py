@@ -5,9 +5,9 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
-from pykvm.model.mmu.profile import Paging
 from pykvm.model.mmu.roles import root_role
 from pykvm.model.paging import Control
+from pykvm.profiles import Paging
 from pykvm.x86.bits import Cr0, Cr4, Efer
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from pykvm.model.cpu.instruction import Immediate, Memory
 
 if TYPE_CHECKING:
     from pykvm.model.cpu.instruction import Instruction
-    from pykvm.model.mmu.profile import Profile
+    from pykvm.profiles import Profile
 
 
 class Coverage(Enum):

@@ -23,8 +23,8 @@ from pykvm.errors import (
     SlotOverlapError,
 )
 from pykvm.model.mmu.dirty_bitmap import DirtyBitmap
-from pykvm.model.mmu.profile import Profile
 from pykvm.model.mmu.rmap import Rmap
+from pykvm.profiles import Profile
 
 LOG_DIRTY_PAGES: Final = 1
 READONLY: Final = 2

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from pykvm.errors import KvmError
 from pykvm.model.mmu.memslots import Memslot
-from pykvm.model.mmu.profile import WriteTrackAllocation
+from pykvm.profiles import WriteTrackAllocation
 
 if TYPE_CHECKING:
     from pykvm.model.mmu.vm import Mmu

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from pykvm.model.mmu.profile import Profile
 from pykvm.model.paging import Control
+from pykvm.profiles import Profile
 from pykvm.x86.bits import Cr0, Cr4, Efer
 
 # --- access bits -------------------------------------------------------------------------------------

@@ -25,12 +25,12 @@ from pykvm.model.mmu.guest_walk import forbids, read_entry
 from pykvm.model.mmu.outcomes import GuestPageFault, Refault, RetPf
 from pykvm.model.mmu.page_fault import page_fault
 from pykvm.model.mmu.pml import PmlBuffer
-from pykvm.model.mmu.profile import Execution, Paging
 from pykvm.model.mmu.spte import NX, A, D, P, W
 from pykvm.model.mmu.tdp_fault import direct_page_fault, mmio_spte_is_current
 from pykvm.model.mmu.tdp_stage import DirectPages, SecondStage
 from pykvm.model.paging import Control, walk
 from pykvm.model.paging_format import ADDRESS, PAE, Access, Format, format_of, page_address
+from pykvm.profiles import Execution, Paging
 from pykvm.x86.bits import Cr0, Cr4, PageFault, Pte
 
 if TYPE_CHECKING:

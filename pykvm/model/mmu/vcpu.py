@@ -30,7 +30,6 @@ from pykvm.model.mmu.outcomes import (
     StuckGuestError,
 )
 from pykvm.model.mmu.page_fault import page_fault, retry_failed, unprotect_and_retry
-from pykvm.model.mmu.profile import Paging
 from pykvm.model.mmu.requests import Requests
 from pykvm.model.mmu.roles import RootRole, root_role
 from pykvm.model.mmu.roots import Root, Roots
@@ -38,6 +37,7 @@ from pykvm.model.mmu.shadow_page import ShadowPage
 from pykvm.model.mmu.tdp_access import TdpAccess
 from pykvm.model.mmu.track_write import track_write
 from pykvm.model.paging import Access, Control
+from pykvm.profiles import Paging
 from pykvm.x86.bits import Cr0, Cr4, PageFault
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ from pykvm.model.mmu.dirty_ring import ENTRY_BYTES, MAX_ENTRIES, MIN_BYTES, Dirt
 from pykvm.model.mmu.journal import Journal
 from pykvm.model.mmu.memslots import LOG_DIRTY_PAGES, Change, Memslot, Memslots
 from pykvm.model.mmu.page_track import PageTrack
-from pykvm.model.mmu.profile import Profile
 from pykvm.model.mmu.rmap import Rmap
 from pykvm.model.mmu.shadow_mmu import ShadowMmu
 from pykvm.model.mmu.tables import Tables
 from pykvm.model.mmu.tdp_mmu import TdpMmu
 from pykvm.model.mmu.unsync import Unsync
 from pykvm.model.mmu.vcpu import VcpuMmu
+from pykvm.profiles import Profile
 
 _RING: Final = "KVM_ENABLE_CAP(DIRTY_LOG_RING)"
 _MMIO_GENERATION_BITS: Final = 19

@@ -147,14 +147,14 @@ class HostAccess(Processor):
     def load_task_state(self, address: int) -> int:
         if not self.emulating:
             return super().load_task_state(address)
-        counters = self.mmu.counters
-        injected = counters.pf_guest
+        self.probing = True
         try:
             return super().load_task_state(address)
         except (Fault, NeedInput):
             # emulator_io_permited: whatever keeps it from reading means that the port is not allowed.
-            counters.pf_guest = injected
             raise Fault.gp() from None
+        finally:
+            self.probing = False
 
     def require_writable(self, segment: int, offset: int, size: int) -> None:
         if not self.emulating and not self.reads_first:  # KVM's emulator does not look before it stores

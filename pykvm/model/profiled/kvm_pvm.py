@@ -123,14 +123,14 @@ class EndlessDelivery(Exception):
 def enter_handler(cpu: HostAccess, event: gates.Event) -> None:
     """Deliver an event by software.  Raises TripleFault for any fault on the way: no second one is delivered,
     nor counted, and CR2 stays."""
-    counters = cpu.mmu.counters
-    injected = counters.pf_guest
+    cpu.probing = True
     try:
         _deliver(cpu, event)
     except (Fault, NeedInput):
-        counters.pf_guest = injected
         cpu.rollback()
         raise TripleFault from None
+    finally:
+        cpu.probing = False
 
 
 def _deliver(cpu: HostAccess, event: gates.Event) -> None:

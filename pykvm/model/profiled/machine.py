@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from pykvm.machine.tracking import TrackNode
     from pykvm.memory import GuestMemory
     from pykvm.model.mmu.memslots import Memslot
-    from pykvm.model.mmu.profile import Profile
     from pykvm.model.slots import ModelSlot
     from pykvm.model.vcpu import ModelVcpu
+    from pykvm.profiles import Profile
     from pykvm.x86.cpuid import CpuidEntry
 
 _LEVELS = {PAGE_SIZE: 1, 2 << 20: 2, 1 << 30: 3}

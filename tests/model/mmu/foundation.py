@@ -11,8 +11,8 @@ from typing import Any, cast
 from pykvm.memory import PAGE_SIZE
 from pykvm.model.mmu.dirty_ring import DIRTY, RESET, DirtyRing
 from pykvm.model.mmu.memslots import LOG_DIRTY_PAGES, Memslot
-from pykvm.model.mmu.profile import Profile, profile
 from pykvm.model.mmu.vm import Mmu
+from pykvm.profiles import Profile, profile
 
 HOST = 0x1000_0000_0000
 """A host address that is congruent to gfn 0 for pages of every size."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from pykvm.model.mmu.outcomes import EmulateInstruction, GuestPageFault
-from pykvm.model.mmu.profile import profile
 from pykvm.model.mmu.vcpu import ControlChange, VcpuMmu
 from pykvm.model.mmu.vm import Mmu
 from pykvm.model.paging import Access, Control
+from pykvm.profiles import profile
 
 HOST: Final = 0x1000_0000_0000
 P, W, U, A, D, PS = 1, 2, 4, 0x20, 0x40, 0x80

@@ -10,10 +10,10 @@ from typing import Any, Final
 
 from pykvm.model.mmu.journal import Journal
 from pykvm.model.mmu.memslots import LOG_DIRTY_PAGES, HostPages, Memslot, PinnedPages
-from pykvm.model.mmu.profile import profile
 from pykvm.model.mmu.vcpu import ControlChange, VcpuMmu
 from pykvm.model.mmu.vm import Mmu
 from pykvm.model.paging import Access, Control
+from pykvm.profiles import profile
 
 CODE, PML4, PDPT, PD, PT, DATA_PT, DATA = 1, 2, 0x100, 0x101, 0x102, 0x112, 0x2000
 PAGES: Final = 0x4000

@@ -8,9 +8,9 @@ import pytest
 
 from pykvm.memory import GuestMemory
 from pykvm.model.mmu.memslots import LOG_DIRTY_PAGES
-from pykvm.model.mmu.profile import KINDS, profile
 from pykvm.model.mmu.vcpu import ControlChange
 from pykvm.model.mmu.vm import Mmu
+from pykvm.profiles import KINDS, profile
 from tests.model.mmu.shadow_guest import HOST, LONG, PAGE, STORE, TABLE
 
 TOUCHED = 200

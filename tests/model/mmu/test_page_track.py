@@ -9,7 +9,7 @@ import pytest
 from pykvm.errors import KvmError
 from pykvm.model.mmu.memslots import Memslot
 from pykvm.model.mmu.page_track import MAX_COUNT
-from pykvm.model.mmu.profile import WriteTrackAllocation
+from pykvm.profiles import WriteTrackAllocation
 from tests.model.mmu.foundation import Rig
 
 

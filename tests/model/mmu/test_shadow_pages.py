@@ -6,8 +6,8 @@ import pytest
 
 from pykvm.model.mmu import roles
 from pykvm.model.mmu.outcomes import TripleFault
-from pykvm.model.mmu.profile import profile
 from pykvm.model.mmu.vcpu import ControlChange, VcpuMmu
+from pykvm.profiles import profile
 from pykvm.x86.bits import Cr0, Cr4
 from tests.model.mmu.shadow_guest import (
     LA57,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pykvm.model.mmu.outcomes import GuestPageFault
-from pykvm.model.mmu.profile import Execution
 from pykvm.model.paging import Control
+from pykvm.profiles import Execution
 from tests.model.mmu.tdp_rig import DATA, DATA_PT, LONG_MODE, PD, PML4, PRESET, READ, TdpRig, faults
 
 
